@@ -1,0 +1,236 @@
+"""The vision tower: patches to tokens at any layer, and to one embedding (PE §2.1).
+
+One tower serves core, lang and spatial models; the configuration says which parts it has (`pe_jax.models.zoo`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pe_jax.models.layers import (
+    MLP,
+    Attention,
+    Block,
+    check_remat,
+    layer_norm,
+    precision,
+    resolve_layers,
+    rope_2d,
+    scan_blocks,
+    split,
+    stack,
+)
+
+Pool: TypeAlias = Literal["attention", "class", "average", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Everything that shapes a vision tower. Sizes are pixels, widths integers, rates in [0, 1]."""
+
+    image_size: int  # side of the square image whose patch grid the position embedding is stored for
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    class_token: bool
+    pool: Pool
+    output_width: int | None  # width of the joint space; None leaves the pooled tokens as they are
+    layer_scale: float | None = None  # initial gamma; None has no LayerScale
+    drop_path: float = 0.0  # of every block alike
+    norm_post: bool = True
+    rope: bool = True
+    pool_heads: int = 8
+    remat: str = "none"
+    dtype: str = "float32"  # of activations; parameters are float32
+
+    def __post_init__(self) -> None:
+        check_remat(self.remat)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}.")
+        if self.pool == "class" and not self.class_token:
+            raise ValueError('pool="class" needs class_token=True.')
+        if self.pool == "none" and self.output_width is not None:
+            raise ValueError(f'pool="none" gives tokens, so output_width={self.output_width} has no use; set it to None.')
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the stored position embedding."""
+        return self.image_size // self.patch_size
+
+
+class Patches(nnx.Module):
+    """Cuts an image into patches and maps each to a token, [B, H, W, 3] → [B, H/P, W/P, D]; no bias."""
+
+    def __init__(self, patch_size: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+        shape = (patch_size, patch_size, 3, width)
+        limit = (patch_size * patch_size * 3) ** -0.5
+        self.dtype = dtype
+        self.kernel = nnx.Param(
+            jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit), axes=(None, None, None, "embed")
+        )
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B Y X D"]:
+        patch = self.kernel.shape[0]
+        batch, height, width, _ = images.shape
+        cut = images.astype(self.dtype).reshape(batch, height // patch, patch, width // patch, patch, 3)
+        kernel = self.kernel[...].astype(self.dtype)
+        return jnp.einsum("byixjc,ijcd->byxd", cut, kernel, precision=precision(self.dtype))
+
+
+class AttentionPool(nnx.Module):
+    """Pools tokens into one vector with a learned query, [B, N, D] → [B, D] (PE §2.1)."""
+
+    def __init__(self, width: int, heads: int, *, dtype: str, rngs: nnx.Rngs):
+        self.probe = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width)), axes=(None, None, "embed"))
+        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(width, 4 * width, dtype=dtype, rngs=rngs)  # 4·D for every model, also where the blocks differ
+
+    def __call__(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B D"]:
+        probe = jnp.broadcast_to(self.probe[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2]))
+        pooled = self.attention(tokens, queries=probe)  # the query itself is not added, as in the released weights
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]
+
+
+class VisionTower(nnx.Module):
+    """A ViT with 2-D RoPE in every block beside absolute positions (PE §2.1).
+
+    Images are [B, H, W, 3] float in [-1, 1], of any height and width that are multiples of the patch size.
+    """
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        c, dtype = config, config.dtype
+        self.config = c
+        scale = c.width**-0.5
+
+        def normal(*shape: int) -> jax.Array:
+            return scale * jax.random.normal(rngs.params(), shape)
+
+        self.patch = Patches(c.patch_size, c.width, dtype=dtype, rngs=rngs)
+        if c.class_token:
+            self.class_token = nnx.Param(normal(c.width), axes=("embed",))
+        self.position = nnx.Param(normal(c.class_token + c.grid**2, c.width), axes=(None, "embed"))
+        self.norm_pre = layer_norm(c.width, dtype=dtype, rngs=rngs)
+        self.blocks = stack(
+            lambda rngs: Block(
+                c.width,
+                c.heads,
+                c.mlp_width,
+                layer_scale=c.layer_scale,
+                drop_path=c.drop_path,
+                dtype=dtype,
+                rngs=rngs,
+            ),
+            c.depth,
+            rngs=rngs,
+        )
+        if c.norm_post:
+            self.norm_post = layer_norm(c.width, dtype=dtype, rngs=rngs)
+        if c.pool == "attention":
+            self.pool = AttentionPool(c.width, c.pool_heads, dtype=dtype, rngs=rngs)
+        if c.output_width is not None:
+            self.projection = nnx.Param(normal(c.width, c.output_width), axes=("embed", "joint"))
+
+    def features(
+        self,
+        images: Float[Array, "B H W 3"],
+        layers: Sequence[int] = (-1,),
+        class_token: bool = True,
+        key: jax.Array | None = None,
+    ) -> dict[int, Float[Array, "B N D"]]:
+        """Tokens after the asked blocks, in one pass that stops after the last of them.
+
+        Args:
+          images: [B, H, W, 3] in [-1, 1].
+          layers: blocks counted from 1 as the paper counts; 0 is the tokens entering block 1 (patch and position
+            embedding, normalised by `norm_pre`); negatives count from the end, -1 the last block. Python integers.
+          class_token: whether the class token, if the tower has one, stays as the first of the N tokens.
+          key: randomness of DropPath in training; None for inference.
+
+        Returns:
+          {layer: [B, N, D]} with the layers as they were asked for: the residual stream itself, without `norm_post`.
+          The patch tokens are row-major; N = H/P · W/P (+ 1).
+
+        Raises:
+          ValueError: for a layer that does not exist, or images of a shape or type the tower cannot take.
+
+        Source: PE §3 (features of intermediate layers).
+        """
+        resolved = resolve_layers(layers, self.config.depth)
+        found = self._tokens(images, tuple(sorted(set(resolved))), key)
+        first = 1 if self.config.class_token and not class_token else 0
+        return {asked: found[layer][:, first:] for asked, layer in zip(layers, resolved, strict=True)}
+
+    @jax.jit
+    def __call__(self, images: Float[Array, "B H W 3"], key: jax.Array | None = None) -> Float[Array, "B *E"]:
+        """[B, E] pooled and projected embeddings, not normalised; [B, N, D] last tokens where `pool` is "none"."""
+        depth = self.config.depth
+        return self.head(self._tokens(images, (depth,), key)[depth])
+
+    def head(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B *E"]:
+        """What follows the last block: `norm_post`, pooling, projection, as far as the tower has them."""
+        c = self.config
+        x = self.norm_post(tokens) if c.norm_post else tokens
+        if c.pool == "attention":
+            x = self.pool(x)
+        elif c.pool == "class":
+            x = x[:, 0]
+        elif c.pool == "average":
+            x = x.mean(1)
+        if c.output_width is not None:
+            x = jnp.dot(x, self.projection[...].astype(x.dtype), precision=precision(x.dtype))
+        return x
+
+    def truncate(self, depth: int) -> "VisionTower":
+        """The tower cut after block `depth` (PE §4 cuts G at 47 of 50), without the head that followed the last one."""
+        (depth,) = resolve_layers((depth,), self.config.depth)
+        if depth == 0:
+            raise ValueError("truncate(0) would leave no block; keep at least 1.")
+        config = dataclasses.replace(self.config, depth=depth, pool="none", norm_post=False, output_width=None)
+        graphdef, _ = split(nnx.eval_shape(lambda: VisionTower(config, rngs=nnx.Rngs(0))))
+        _, params = split(self)
+        kept = {name: params[name] for name in ("patch", "class_token", "position", "norm_pre") if name in params}
+        return nnx.merge(graphdef, kept | {"blocks": jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])})
+
+    @functools.partial(jax.jit, static_argnames="layers")
+    def _tokens(self, images: Array, layers: tuple[int, ...], key: jax.Array | None) -> dict[int, Array]:
+        c = self.config
+        _check_images(images, c.patch_size)
+        x = self.patch(images)
+        batch, rows, columns, width = x.shape
+        x = x.reshape(batch, rows * columns, width)
+        if c.class_token:
+            token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (batch, 1, width))
+            x = jnp.concatenate([token, x], axis=1)
+        x = self.norm_pre(x + self._positions(rows, columns).astype(x.dtype))
+        rope = rope_2d(rows, columns, width // c.heads, class_token=c.class_token) if c.rope else None
+        return scan_blocks(self.blocks, x, layers=layers, remat=c.remat, rope=rope, key=key)
+
+    def _positions(self, rows: int, columns: int) -> Float[Array, "N D"]:
+        """The stored position embedding, its grid part resized to rows x columns (bilinear, not antialiased)."""
+        table, first, side = self.position[...], int(self.config.class_token), self.config.grid
+        if (rows, columns) == (side, side):
+            return table
+        grid = table[first:].reshape(side, side, -1)
+        grid = jax.image.resize(grid, (rows, columns, grid.shape[-1]), "bilinear", antialias=False)
+        return jnp.concatenate([table[:first], grid.reshape(rows * columns, -1)])
+
+
+def _check_images(images: Array, patch: int) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images have shape {images.shape}; want [B, H, W, 3], channels last.")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}; want float in [-1, 1]: use model.preprocess, or x / 127.5 - 1.")
+    if images.shape[1] % patch or images.shape[2] % patch:
+        raise ValueError(
+            f"images are {images.shape[1]}x{images.shape[2]} pixels; "
+            f"height and width must be multiples of the patch size {patch}: resize or crop them."
+        )

@@ -1,0 +1,139 @@
+"""Released names and what they stand for: architecture and home of the weights (PE Tab. 17; config of the release)."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+from flax import nnx
+
+from pe_jax.models.clip import CLIP, CLIPConfig
+from pe_jax.models.text import TextConfig
+from pe_jax.models.vision import VisionConfig, VisionTower
+
+Architecture: TypeAlias = CLIPConfig | VisionConfig
+Model: TypeAlias = CLIP | VisionTower
+
+# size: patch, width, depth, heads, MLP width, class token
+_TOWERS: dict[str, tuple[int, int, int, int, int, bool]] = {
+    "T": (16, 192, 12, 3, 768, True),
+    "S": (16, 384, 12, 6, 1536, True),
+    "B": (16, 768, 12, 12, 3072, True),
+    "L": (14, 1024, 24, 16, 4096, True),
+    "G": (14, 1536, 50, 16, 8960, False),
+}
+
+
+def _vision(size: str, image_size: int, **changes: Any) -> VisionConfig:
+    patch, width, depth, heads, mlp_width, class_token = _TOWERS[size]
+    tower = VisionConfig(image_size, patch, width, depth, heads, mlp_width, class_token, "attention", None)
+    return dataclasses.replace(tower, **changes)
+
+
+def _core(size: str, image_size: int, text: TextConfig) -> CLIPConfig:
+    return CLIPConfig(_vision(size, image_size, output_width=text.output_width), text)
+
+
+def _aligned(size: str, image_size: int, **changes: Any) -> VisionConfig:
+    """A tower whose best features were brought to its last layer: no norm, pool or projection follows."""
+    return _vision(size, image_size, pool="none", norm_post=False, **changes)
+
+
+_TEXT_SMALL = TextConfig(32, 512, 12, 8, 2048, 512)
+_TEXT_BASE = TextConfig(32, 1024, 24, 16, 4096, 1024)
+_TEXT_GIANT = TextConfig(72, 1280, 24, 20, 5120, 1280)
+_LANG_L = _aligned("L", 448, depth=23, layer_scale=0.1)
+_LANG_G = _aligned("G", 448, depth=47, layer_scale=0.1)
+
+_RELEASED: dict[str, Architecture] = {
+    "PE-Core-T16-384": _core("T", 384, _TEXT_SMALL),
+    "PE-Core-S16-384": _core("S", 384, _TEXT_SMALL),
+    "PE-Core-B16-224": _core("B", 224, _TEXT_BASE),
+    "PE-Core-L14-336": _core("L", 336, _TEXT_BASE),
+    "PE-Core-G14-448": _core("G", 448, _TEXT_GIANT),
+    "PE-Lang-L14-448": _LANG_L,
+    "PE-Lang-L14-448-Tiling": _LANG_L,
+    "PE-Lang-G14-448": _LANG_G,
+    "PE-Lang-G14-448-Tiling": _LANG_G,
+    "PE-Spatial-T16-512": _aligned("T", 512),
+    "PE-Spatial-S16-512": _aligned("S", 512),
+    "PE-Spatial-B16-512": _aligned("B", 512),
+    "PE-Spatial-L14-448": _aligned("L", 448),
+    "PE-Spatial-G14-448": _aligned("G", 448, layer_scale=0.1),
+}
+NAMES: tuple[str, ...] = tuple(_RELEASED)
+
+
+def architecture(spec: str | Mapping[str, Any] | Architecture) -> Architecture:
+    """The configuration that `spec` stands for.
+
+    Args:
+      spec: a released name; a configuration; or a mapping: `{"base": NAME, "vision": {...}, "text": {...}}` changes
+        fields of a released one (a vision-only base takes its fields directly), and full mappings as `to_dict`
+        writes them stand for themselves.
+
+    Raises:
+      ValueError: for an unknown name or field, naming its nearest neighbours.
+    """
+    if isinstance(spec, CLIPConfig | VisionConfig):
+        return spec
+    if isinstance(spec, str):
+        if spec not in _RELEASED:
+            near = difflib.get_close_matches(spec, NAMES, 3, 0.3)
+            raise ValueError(f"{spec!r} is no released model; did you mean {' or '.join(near or NAMES)}?")
+        return _RELEASED[spec]
+    fields = dict(spec)
+    base = architecture(fields.pop("base")) if "base" in fields else None
+    if isinstance(base, VisionConfig):
+        return dataclasses.replace(base, **_known(VisionConfig, fields))
+    if isinstance(base, CLIPConfig):
+        parts = _known(CLIPConfig, fields)
+        vision, text = (_known(kind, parts.get(part, {})) for part, kind in _PARTS.items())
+        return CLIPConfig(dataclasses.replace(base.vision, **vision), dataclasses.replace(base.text, **text))
+    if "vision" in fields:
+        parts = _known(CLIPConfig, fields)
+        return CLIPConfig(*(_build(kind, parts.get(part, {})) for part, kind in _PARTS.items()))
+    return _build(VisionConfig, fields)
+
+
+_PARTS: dict[str, Any] = {"vision": VisionConfig, "text": TextConfig}
+
+
+def _build(kind: Any, fields: Mapping[str, Any]) -> Any:
+    known = _known(kind, fields)
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in known]:
+        raise ValueError(f"{kind.__name__} lacks {', '.join(missing)}; give them, or a 'base' to start from.")
+    return kind(**known)
+
+
+def _known(kind: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(kind)]
+    for name in fields:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.3)
+            raise ValueError(f"{kind.__name__} has no field {name!r}; did you mean {' or '.join(near or names)}?")
+    return dict(fields)
+
+
+def to_dict(config: Architecture) -> dict[str, Any]:
+    """The configuration as JSON types; `architecture` is the inverse."""
+    return dataclasses.asdict(config)
+
+
+def build(spec: str | Mapping[str, Any] | Architecture, rngs: nnx.Rngs) -> Model:
+    """A freshly initialised model: a CLIP, or the vision tower itself where there is no text tower."""
+    config = architecture(spec)
+    kind = CLIP if isinstance(config, CLIPConfig) else VisionTower
+    return kind(config, rngs=rngs)
+
+
+def abstract(spec: str | Mapping[str, Any] | Architecture) -> Model:
+    """The model with shapes in place of arrays; allocates nothing."""
+    return nnx.eval_shape(lambda: build(spec, nnx.Rngs(0)))
+
+
+def count(params: Any) -> int:
+    """How many numbers a tree of (abstract) arrays holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

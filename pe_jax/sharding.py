@@ -1,0 +1,124 @@
+"""Where arrays live: the mesh, the rules from logical to mesh axes, and host batches as global arrays.
+
+The only module that names mesh axes. Parameters carry logical axis names (`axes` metadata of each variable), so that
+a model says what an axis means and this module says where it goes:
+
+  data    examples; parameters are replicated over it
+  fsdp    examples, and the width of every parameter and of its optimizer state
+  tensor  attention heads, MLP width, vocabulary
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pe_jax.types import Batch, HostBatch, Params
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "joint": None,
+    "tokens": None,
+    "layers": None,
+    None: None,
+}
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
+    """A mesh of the axes data, fsdp and tensor; one size may be -1, "all that is left". Default: all data.
+
+    Raises:
+      ValueError: for an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict.fromkeys(AXES, 1) | dict(shape if shape is not None else {"data": -1})
+    if unknown := set(sizes) - set(AXES):
+        raise ValueError(f"mesh axes {sorted(unknown)} are unknown; the axes are {', '.join(AXES)}.")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh has -1 for {' and '.join(free)}; only one axis can take what is left.")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % taken == 0:
+        sizes[free[0]] = len(devices) // taken
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {dict(shape or {})} does not cover the {len(devices)} devices at hand; "
+            "make the sizes multiply to that number, or give one axis -1."
+        )
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(mesh: Mesh, *logical: str | None) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names; mesh axes that `mesh` lacks are left out."""
+    present = set(mesh.axis_names)
+
+    def physical(name: str | None) -> Any:
+        rule = RULES[name]
+        names = tuple(a for a in ((rule,) if isinstance(rule, str) else rule or ()) if a in present)
+        return names if len(names) > 1 else (names[0] if names else None)
+
+    return PartitionSpec(*(physical(name) for name in logical))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples over data and fsdp; every other axis of a batch is whole."""
+    return NamedSharding(mesh, spec(mesh, "batch"))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """How many ways a batch is cut; a global batch must be a multiple of it."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
+
+
+def param_shardings(model: nnx.Module, mesh: Mesh) -> Params:
+    """The sharding of each parameter of a (possibly abstract) model, as a nested dict like its parameters.
+
+    Raises:
+      ValueError: if a dimension is not a multiple of the mesh axis it is cut over, naming the parameter.
+    """
+
+    def one(path: tuple[Any, ...], variable: nnx.Variable) -> NamedSharding:
+        shape, axes = variable.shape, variable.get_metadata().get("axes", ())
+        axes = ("layers",) * (len(shape) - len(axes)) + tuple(axes)  # stacking put the layers in front
+        partition = spec(mesh, *axes)
+        for size, logical, names in zip(shape, axes, partition, strict=True):
+            names = (names,) if isinstance(names, str) else names or ()
+            ways = math.prod(mesh.shape[name] for name in names)
+            if size % ways:
+                name = "/".join(str(getattr(k, "key", k)) for k in path)
+                raise ValueError(
+                    f"{name} has {logical}={size}, which mesh axis {'·'.join(names)}={ways} does not divide; "
+                    f"choose a mesh whose {'·'.join(names)} divides {size}."
+                )
+        return NamedSharding(mesh, partition)
+
+    state = nnx.state(model)
+    flat = [(path, one(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Pins an activation to the current mesh (`jax.set_mesh`); does nothing where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, *logical))
+
+
+def global_batch(local: HostBatch, mesh: Mesh) -> Batch:
+    """This process's rows as its part of global arrays, examples cut over data and fsdp."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in local.items()}
