@@ -1,0 +1,1 @@
+"""The commands of `pe-jax`, one module each; see `pe_jax.cli`."""
