@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from pe_jax.models.layers import split
-from pe_jax.types import Batch, Key, Metrics, Params
+from pe_jax.types import Batch, Key, Metrics, Params, split
 
 
 def whole(

@@ -1,4 +1,7 @@
-"""Names shared by every part, and the table of batch fields.
+"""Names shared by every part, the two forms of a model, and the table of batch fields.
+
+A model is an NNX module where a forward pass is written or called. Wherever parameters are stored, updated, sharded or
+saved they are one nested plain dict of arrays. `split` goes from the first form to the second, `flax.nnx.merge` back.
 
 | field | shape | dtype | range | meaning |
 |---|---|---|---|---|
@@ -12,9 +15,16 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from flax import nnx
 
 Params: TypeAlias = dict[str, Any]  # nested plain dict of arrays
 Batch: TypeAlias = dict[str, jax.Array]
 HostBatch: TypeAlias = dict[str, np.ndarray]
 Metrics: TypeAlias = dict[str, jax.Array]  # scalars
 Key: TypeAlias = jax.Array
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A module's structure, and its parameters as a nested plain dict."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)

@@ -1,9 +1,7 @@
 """The parts both towers are made of: attention, MLP, rotary positions, pooling, and the scanned Transformer.
 
-A model is an NNX module; wherever parameters are stored, updated, sharded or saved they are one nested plain dict
-(`split` and `flax.nnx.merge` go between the two). Each parameter names its logical axes in its `axes` metadata, which
-`pe_jax.sharding` maps to mesh axes. Kernels are [in, out]. Initialisation follows PE's published module: PyTorch's
-defaults, Xavier-uniform for the fused qkv (PE §1.8 of the notes in each tower's docstring).
+Each parameter names its logical axes in its `axes` metadata, which `pe_jax.sharding` maps to mesh axes. Kernels are
+[in, out]. Initialisation follows PE's published module: PyTorch's defaults, and Xavier-uniform for the fused qkv.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pe_jax.sharding import constrain
-from pe_jax.types import Params
+from pe_jax.types import Params, split
 
 EPSILON = 1e-5  # of every LayerNorm, in both towers and the pooler
 
@@ -27,12 +25,6 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs
     "block": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream only
 }
-
-
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Splits a module into its structure and its parameters as a nested plain dict; `nnx.merge` is the inverse."""
-    graphdef, state = nnx.split(model)
-    return graphdef, nnx.to_pure_dict(state)
 
 
 def precision(dtype: Any) -> lax.Precision | None:

@@ -23,9 +23,9 @@ from pe_jax.models.layers import (
     resolve_layers,
     rope_2d,
     scan_blocks,
-    split,
     stack,
 )
+from pe_jax.types import split
 
 Pool: TypeAlias = Literal["attention", "class", "average", "none"]
 

@@ -7,7 +7,7 @@ micro-batches, and the loop need not know which.
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 
@@ -18,6 +18,7 @@ from pe_jax.types import Batch, Key, Metrics, Params
 __all__ = ["Contrastive", "Stage", "create"]
 
 
+@runtime_checkable
 class Stage(Protocol):
     """One way to train: build a model, say what moves, give gradients, keep parameters where they may be."""
 

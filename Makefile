@@ -1,0 +1,71 @@
+# Two commands to begin with: `make demo` and `make test`. Each makes .venv itself; all they need is Python 3.11-3.13.
+.PHONY: help demo test test-full parity lint types docs bench clean
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The first interpreter at hand that is new enough; override with PYTHON=...
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PARITY := .venv-parity/bin
+export JAX_PLATFORMS ?= cpu
+
+help:
+	@echo "make demo       train a small Perception Encoder on handwritten digits and open its report (minutes, CPU)"
+	@echo "make test       the tests; no torch, no network"
+	@echo "make parity     equality with torch, timm, open_clip, transformers; ARGS='-k word' chooses"
+	@echo "make test-full  the long tests too"
+	@echo "make bench      speed beside the peers"
+	@echo "make lint types docs clean"
+
+.venv/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "pe_jax needs Python 3.11, 3.12 or 3.13 on PATH, or PYTHON=/path/to/python"; exit 1; }
+	@echo "Making .venv with $(PYTHON) (a minute or two, once) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+# torchvision, timm and open_clip come without their dependencies: they would swap a CPU torch for a CUDA one.
+.venv-parity/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "pe_jax needs Python 3.11, 3.12 or 3.13 on PATH, or PYTHON=/path/to/python"; exit 1; }
+	@echo "Making .venv-parity with torch, timm, open_clip, transformers (a few minutes, once) ..."
+	$(PYTHON) -m venv .venv-parity
+	$(PARITY)/python -m pip install --quiet --upgrade pip
+	$(PARITY)/python -m pip install --quiet "torch==2.13.0"
+	$(PARITY)/python -m pip install --quiet --no-deps "torchvision==0.28.0" "timm>=1.0.31" "open_clip_torch>=3.3"
+	$(PARITY)/python -m pip install --quiet -e ".[convert-test,dev]"
+	@touch $@
+
+demo: .venv/ready
+	rm -rf demo
+	$(BIN)/pe-jax data digits demo/digits
+	$(BIN)/python -m pe_jax.train --config=experiments/digits.py --workdir=demo/run
+	$(BIN)/pe-jax report demo/run
+	$(BIN)/pe-jax convert demo/run demo/digits.safetensors --to meta
+	$(BIN)/pe-jax convert demo/run demo/digits.pt --to meta
+
+test: .venv/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+test-full: .venv/ready
+	$(BIN)/python -m pytest --full $(ARGS)
+
+parity: .venv-parity/ready
+	$(PARITY)/python -m pytest tests/parity -rs $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/ready
+	$(BIN)/pyright
+
+docs: .venv/ready
+	$(BIN)/python tests/run_docs.py
+
+bench: .venv-parity/ready
+	$(PARITY)/python -m benchmarks.forward $(ARGS)
+
+clean:
+	rm -rf .venv .venv-parity demo runs build *.egg-info

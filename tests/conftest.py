@@ -1,0 +1,14 @@
+"""Eight simulated devices, and every jaxtyping shape checked, for all tests of this folder.
+
+The flags are set before jax starts, and the shape checker before `pe_jax` is first imported.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jaxtyping
+
+jaxtyping.install_import_hook("pe_jax", "beartype.beartype")
