@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pe_jax.types import Batch, HostBatch, Params
 
@@ -57,7 +57,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Any = None) -> Me
     return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def spec(mesh: Mesh, *logical: str | None) -> PartitionSpec:
+def spec(mesh: Mesh | AbstractMesh, *logical: str | None) -> PartitionSpec:
     """The partition of an array whose axes have these logical names; mesh axes that `mesh` lacks are left out."""
     present = set(mesh.axis_names)
 

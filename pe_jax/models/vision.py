@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -141,7 +142,7 @@ class VisionTower(nnx.Module):
 
     def features(
         self,
-        images: Float[Array, "B H W 3"],
+        images: Float[Array | np.ndarray, "B H W 3"],
         layers: Sequence[int] = (-1,),
         class_token: bool = True,
         key: jax.Array | None = None,

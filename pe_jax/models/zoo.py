@@ -137,3 +137,23 @@ def abstract(spec: str | Mapping[str, Any] | Architecture) -> Model:
 def count(params: Any) -> int:
     """How many numbers a tree of (abstract) arrays holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def forward_flops(config: VisionConfig | TextConfig, tokens: int | None = None) -> int:
+    """Floating point operations (2 x multiply-accumulate) of one example's pass through a tower's blocks.
+
+    Patch embedding, projections, MLPs and attention products are counted; pooling and the joint projection are not.
+    A causal tower is counted in full, as it is computed.
+
+    Args:
+      config: the tower.
+      tokens: sequence length; None takes the native one.
+    """
+    if isinstance(config, VisionConfig):
+        tokens = config.class_token + config.grid**2 if tokens is None else tokens
+        patches = 2 * (tokens - config.class_token) * config.patch_size**2 * 3 * config.width
+    else:
+        tokens, patches = config.context_length if tokens is None else tokens, 0
+    matmuls = 2 * tokens * config.width * (4 * config.width + 2 * config.mlp_width)
+    attention = 4 * tokens**2 * config.width
+    return patches + config.depth * (matmuls + attention)
