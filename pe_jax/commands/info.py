@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from pe_jax import checkpoint
 
-        metadata = checkpoint.load_metadata(args.model)
+        metadata = checkpoint.metadata(args.model)
         rows = [_summary(args.model, zoo.architecture(metadata["architecture"])) | {"metadata": metadata}]
     if args.model is not None:
         config = zoo.architecture(rows[0].get("metadata", {}).get("architecture", args.model))
