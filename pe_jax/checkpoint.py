@@ -48,10 +48,10 @@ class Checkpointer:
                 raise ValueError(f"checkpoint.{name}={value} must be at least 1.")
         self.directory = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
         self.every_steps = every_steps
-        policies = ocp.training.preservation_policies
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._orbax = ocp.training.Checkpointer(
             self.directory,
-            preservation_policy=policies.LatestN(keep),
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 
@@ -242,7 +242,7 @@ def _absolute(path: str | os.PathLike[str]) -> epath.Path:
 def _describe(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stored tree with shapes in place of arrays, and the metadata."""
     with _reading(path):
-        described = ocp.checkpointables_metadata(path)
+        described: Any = ocp.checkpointables_metadata(path)
         stored, metadata = dict(described.metadata)[_NAME], dict(described.custom_metadata or {})
         if stored is None:
             raise KeyError("its arrays are not listed")

@@ -1,0 +1,280 @@
+"""Scalars of a run to CSV and TensorBoard through clu's interface, its speed, and the progress line.
+
+`losses.csv` has one row per logged step with every float32 exact (read back, it is the same number), so that two runs
+can be compared bit for bit; `evals.csv` has one row per figure of an evaluator. TensorBoard needs the `tb` extra.
+"""
+
+import csv
+import importlib.util
+import os
+import sys
+import time
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
+
+import jax
+import numpy as np
+
+# clu 0.0.12 imports TensorFlow for its own TensorBoard writer, which we replace; a stub in that place keeps it away.
+_stub: Any = types.ModuleType("clu.metric_writers.summary_writer")
+_stub.SummaryWriter = type("SummaryWriter", (), {})
+sys.modules.setdefault(_stub.__name__, _stub)
+from clu.metric_writers import MetricWriter, MultiWriter  # noqa: E402
+
+# Dense bf16 FLOP/s of one device, as its maker states it; the key is how jax calls the device.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def writer(workdir: str | os.PathLike[str], resumed_step: int | None = None) -> MetricWriter:
+    """The writers of a run: CSV always, TensorBoard where tensorboardX is installed; nothing but on process 0.
+
+    Args:
+      workdir: where `losses.csv`, `evals.csv` and `tensorboard/` go.
+      resumed_step: rows after this step are dropped: the run, restored from there, writes them again. None starts new.
+    """
+    if jax.process_index() != 0:
+        return MultiWriter([])
+    os.makedirs(workdir, exist_ok=True)
+    writers: list[MetricWriter] = [CsvWriter(workdir, resumed_step)]
+    if importlib.util.find_spec("tensorboardX"):
+        writers.append(TensorBoardWriter(os.path.join(workdir, "tensorboard"), resumed_step))
+    return MultiWriter(writers)
+
+
+class _ScalarsOnly(MetricWriter):
+    """What a run does not write is refused rather than lost."""
+
+    def write_summaries(self, step: int, values: Any, metadata: Any = None) -> None:
+        raise NotImplementedError
+
+    def write_images(self, step: int, images: Any) -> None:
+        raise NotImplementedError
+
+    def write_videos(self, step: int, videos: Any) -> None:
+        raise NotImplementedError
+
+    def write_audios(self, step: int, audios: Any, *, sample_rate: int) -> None:
+        raise NotImplementedError
+
+    def write_texts(self, step: int, texts: Any) -> None:
+        raise NotImplementedError
+
+    def write_histograms(self, step: int, arrays: Any, num_buckets: Any = None) -> None:
+        raise NotImplementedError
+
+    def write_hparams(self, hparams: Any) -> None:
+        raise NotImplementedError
+
+
+class CsvWriter(_ScalarsOnly):
+    """`losses.csv`, a row per step; scalars named "evaluator/figure" go to `evals.csv`, a row each.
+
+    The columns of `losses.csv` are the names of the first write.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], resumed_step: int | None = None):
+        self._losses, self._columns = _open_rows(os.path.join(workdir, "losses.csv"), resumed_step)
+        self._evals, columns = _open_rows(os.path.join(workdir, "evals.csv"), resumed_step)
+        if not columns:
+            csv.writer(self._evals).writerow(["step", "name", "value"])
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        figures = {name: value for name, value in scalars.items() if "/" in name}
+        csv.writer(self._evals).writerows([step, name, exact(value)] for name, value in figures.items())
+        row = {"step": step} | {name: exact(value) for name, value in scalars.items() if name not in figures}
+        if len(row) > 1:
+            if not self._columns:
+                self._columns = list(row)
+                csv.writer(self._losses).writerow(self._columns)
+            if unknown := set(row) - set(self._columns):
+                raise ValueError(f"{sorted(unknown)} are no columns of losses.csv, which has {self._columns}.")
+            csv.writer(self._losses).writerow([row.get(name, "") for name in self._columns])
+        self.flush()
+
+    def flush(self) -> None:
+        self._losses.flush()
+        self._evals.flush()
+
+    def close(self) -> None:
+        self._losses.close()
+        self._evals.close()
+
+
+class TensorBoardWriter(_ScalarsOnly):
+    """Event files for TensorBoard, written by tensorboardX: no TensorFlow."""
+
+    def __init__(self, directory: str | os.PathLike[str], resumed_step: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        # TensorBoard hides what an earlier process wrote at and after `purge_step`.
+        purge = None if resumed_step is None else resumed_step + 1
+        self._writer = SummaryWriter(os.fspath(directory), purge_step=purge)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name if "/" in name else f"train/{name}", float(value), step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """The complete rows of a CSV file of ours; a last line cut short by a kill is left out."""
+    with open(path, newline="") as file:
+        text = file.read()
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def _open_rows(path: str, resumed_step: int | None) -> tuple[IO[str], list[str]]:
+    """The file, open for more rows, and its columns; rows after `resumed_step`, or all, are gone."""
+    rows = read_rows(path) if resumed_step is not None and os.path.exists(path) else []
+    rows = [row for row in rows if int(row["step"]) <= (resumed_step or 0)]
+    columns = list(rows[0]) if rows else []
+    file = open(path, "w", newline="")  # noqa: SIM115
+    if rows:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(rows)
+    return file, columns
+
+
+def exact(value: Any) -> str:
+    """The shortest decimal that reads back as the same number of its own precision: 0.1 for float32(0.1)."""
+    value = np.asarray(value)
+    return str(value.item() if value.dtype.kind in "iub" else value[()])
+
+
+def peak_flops(devices: Sequence[Any] | None = None) -> float | None:
+    """bf16 FLOP/s of all devices together, or None where the kind is unknown (a CPU)."""
+    devices = jax.devices() if devices is None else devices
+    peak = PEAK_FLOPS.get(devices[0].device_kind)
+    return None if peak is None else peak * len(devices)
+
+
+def train_flops(arch: Any, image_size: int | tuple[int, int], frames: int = 1) -> float:
+    """Model FLOPs of one training example: three forward passes' worth of matrix products, recomputation not counted.
+
+    Args:
+      arch: a `CLIPConfig` or a `VisionConfig`.
+      image_size: pixels, (height, width) or one number for a square.
+      frames: of a video; 1 for an image.
+
+    Source: PE, Table of compute in our notes: 35.1 GFLOPs for the B/16 trunk at 224 px, forward (two per multiply-add).
+    """
+    vision = getattr(arch, "vision", arch)
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    patches = int(np.prod([side // vision.patch_size for side in sides]))
+    tokens, width = patches + vision.class_token, vision.width
+    flops = 2 * patches * 3 * vision.patch_size**2 * width + _blocks(tokens, vision)
+    if vision.pool == "attention":  # keys and values of every token, one query, an MLP of four widths
+        flops += 2 * tokens * 2 * width**2 + 4 * tokens * width + 2 * (2 + 8) * width**2
+    flops += 2 * width * (vision.output_width or 0)
+    flops *= frames
+    if text := getattr(arch, "text", None):
+        flops += _blocks(text.context_length, text) + 2 * text.width * text.output_width
+    return 3.0 * flops
+
+
+def _blocks(tokens: int, tower: Any) -> int:
+    linear = 2 * tokens * (4 * tower.width**2 + 2 * tower.width * tower.mlp_width)
+    return tower.depth * (linear + 4 * tokens**2 * tower.width)
+
+
+class Speed:
+    """Examples per second, share of time spent waiting for data, and MFU, since the last reading."""
+
+    def __init__(self, peak: float | None = None):
+        self._peak = peak
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new interval, as after a compilation, an evaluation or a save, whose time is not the step's."""
+        self._start, self._examples, self._flops, self._waited = time.perf_counter(), 0, 0.0, 0.0
+
+    def count(self, examples: int, flops: float, waited: float) -> None:
+        """Adds a step: its examples, the model FLOPs of all of them, and the seconds its data was waited for."""
+        self._examples += examples
+        self._flops += flops
+        self._waited += waited
+
+    def read(self) -> dict[str, float]:
+        """The figures of the interval, which then starts anew."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        figures = {"examples_per_second": self._examples / seconds, "data_wait": min(1.0, self._waited / seconds)}
+        if self._peak:
+            figures["mfu"] = self._flops / seconds / self._peak
+        self.reset()
+        return figures
+
+
+class Progress:
+    """One line that says where a run is: redrawn on a terminal, else printed at most every few seconds."""
+
+    def __init__(self, steps: int, *, start: int = 0, seconds: float = 5.0, file: Any = None):
+        """Shows progress towards `steps`, from step `start`; `seconds` is the least time between plain lines."""
+        self._steps, self._seconds = steps, seconds
+        self._file = sys.stdout if file is None else file
+        self._last, self._live, self._task = -float("inf"), None, None
+        self._began: tuple[int, float] | None = None
+        if self._file.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(30),
+                TextColumn("{task.description}"),
+            )
+            self._live = Progress(*columns, console=Console(file=self._file), transient=False)
+            self._live.start()
+            self._task = self._live.add_task("compiling", total=steps, completed=start)
+
+    def update(self, step: int, loss: float, examples_per_second: float, notes: Iterable[str] = ()) -> None:
+        """Shows a step just done."""
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = (step, now)  # the first step compiles: its time says nothing of the rest
+        done, seconds = step - self._began[0], now - self._began[1]
+        eta = _duration((self._steps - step) * seconds / done) if done else "?"
+        parts = [f"loss {loss:.4f}", f"{examples_per_second:,.0f} examples/s", f"ETA {eta}", *notes]
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=step, description="  ".join(parts))
+        elif now - self._last >= self._seconds or step == self._steps:
+            self._last = now
+            print(f"step {step}/{self._steps}  " + "  ".join(parts), file=self._file, flush=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own: an evaluation's figures, a save."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

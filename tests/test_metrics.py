@@ -1,0 +1,128 @@
+import glob
+import io
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pe_jax import metrics
+from pe_jax.models import zoo
+
+
+def test_float32_scalars_read_back_bit_for_bit(tmp_path):
+    values = np.random.default_rng(0).normal(size=50).astype(np.float32) * np.float32(10.0) ** np.arange(-25, 25)
+    values = values.astype(np.float32)
+    out = metrics.CsvWriter(tmp_path)
+    for step, value in enumerate(values):
+        out.write_scalars(step, {"loss": jnp.asarray(value), "bad_records": 3})
+    out.close()
+    rows = metrics.read_rows(tmp_path / "losses.csv")
+    np.testing.assert_array_equal(np.array([row["loss"] for row in rows], np.float32), values)
+    assert rows[7] == {"step": "7", "loss": str(values[7]), "bad_records": "3"}
+
+
+def test_a_resumed_run_drops_the_rows_it_will_write_again(tmp_path):
+    out = metrics.CsvWriter(tmp_path)
+    for step in range(1, 7):
+        out.write_scalars(step, {"loss": np.float32(step)})
+        out.write_scalars(step, {"digits/top1": step / 10})
+    out.close()
+    with open(tmp_path / "losses.csv", "a") as file:
+        file.write("7,0.12")  # killed in the middle of a line
+    again = metrics.CsvWriter(tmp_path, resumed_step=4)
+    again.write_scalars(5, {"loss": np.float32(50)})
+    again.close()
+    assert [row["loss"] for row in metrics.read_rows(tmp_path / "losses.csv")] == ["1.0", "2.0", "3.0", "4.0", "50.0"]
+    assert [row["step"] for row in metrics.read_rows(tmp_path / "evals.csv")] == ["1", "2", "3", "4"]
+
+
+def test_a_run_from_scratch_starts_empty_tables(tmp_path):
+    metrics.CsvWriter(tmp_path).write_scalars(1, {"loss": 1.0})
+    metrics.CsvWriter(tmp_path).close()
+    assert metrics.read_rows(tmp_path / "losses.csv") == []
+
+
+def test_a_scalar_that_is_no_column_is_refused(tmp_path):
+    out = metrics.CsvWriter(tmp_path)
+    out.write_scalars(1, {"loss": 1.0})
+    with pytest.raises(ValueError, match="'surprise'"):
+        out.write_scalars(2, {"loss": 1.0, "surprise": 2.0})
+
+
+def test_tensorboard_files_are_written_without_tensorflow(tmp_path):
+    pytest.importorskip("tensorboardX")
+    code = f"""
+import sys
+from pe_jax import metrics
+out = metrics.writer({str(tmp_path)!r})
+out.write_scalars(1, {{"loss": 0.5}})
+out.close()
+print([name for name in ("tensorflow", "torch") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=".")
+    assert done.stdout.strip() == "[]", done.stderr
+    assert glob.glob(str(tmp_path / "tensorboard" / "events.*"))
+    assert metrics.read_rows(tmp_path / "losses.csv")[0]["loss"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "trunk"),
+    [
+        ("PE-Core-B16-224", 112, 8.6e9),
+        ("PE-Core-B16-224", 224, 35.1e9),
+        ("PE-Core-L14-336", 336, 382e9),
+        ("PE-Core-G14-448", 448, 4109e9),
+    ],
+)
+def test_flops_agree_with_the_papers_table(name, size, trunk):
+    config = zoo.architecture(name)
+    pool = metrics.train_flops(config.vision, size) / 3 - trunk
+    assert 0 < pool < 0.06 * trunk  # what the table leaves out: pooler and projection
+
+
+def test_flops_of_a_video_count_the_image_tower_once_per_frame():
+    config = zoo.architecture("PE-Core-B16-224")
+    image, video = metrics.train_flops(config, 160), metrics.train_flops(config, 160, frames=8)
+    np.testing.assert_allclose(video - image, 7 * metrics.train_flops(config.vision, 160))
+
+
+def test_speed_is_examples_over_time_and_knows_no_mfu_on_an_unknown_chip(monkeypatch):
+    clock = iter([100.0, 104.0, 104.0, 106.0, 106.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    speed = metrics.Speed(peak=1e6)
+    speed.count(30, 1e6, waited=0.5)
+    speed.count(30, 1e6, waited=0.5)
+    assert speed.read() == {"examples_per_second": 15.0, "data_wait": 0.25, "mfu": 0.5}
+    assert speed.read() == {"examples_per_second": 0.0, "data_wait": 0.0, "mfu": 0.0}
+    assert metrics.peak_flops() is None  # a CPU
+
+
+def test_the_progress_line_is_plain_where_there_is_no_terminal(monkeypatch):
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    file = io.StringIO()
+    progress = metrics.Progress(500, seconds=15.0, file=file)
+    progress.update(10, 2.5, 1000.0)
+    progress.update(20, 2.25, 1234.5)  # too soon for another line
+    progress.update(30, 2.0, 1234.5, ["MFU 40%"])
+    progress.close()
+    assert file.getvalue().splitlines() == [
+        "step 10/500  loss 2.5000  1,000 examples/s  ETA ?",
+        "step 30/500  loss 2.0000  1,234 examples/s  ETA 7:50  MFU 40%",
+    ]
+
+
+def test_the_progress_line_is_redrawn_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    file = Terminal()
+    progress = metrics.Progress(50, file=file)
+    progress.update(10, 2.5, 1000.0)
+    progress.update(50, 1.5, 1000.0)
+    progress.note("[digits] top1 0.9")
+    progress.close()
+    assert "loss 1.5000" in file.getvalue() and "step 50/50" in file.getvalue() and "[digits]" in file.getvalue()
