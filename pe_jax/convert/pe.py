@@ -14,7 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import numpy as np
@@ -61,8 +61,9 @@ class Form:
         lengths = iter(param.shape[axis] for axis in self.axes)
         shape = [math.prod(next(lengths) for _ in range(count)) for count in self.merged]
         whole = param.transpose(self.axes).reshape(shape)
-        cuts = np.cumsum(self.shares)[:-1] * (shape[0] // sum(self.shares)) if shape else []
-        parts = np.split(whole, cuts) if len(self.shares) > 1 else [whole]
+        parts = [whole]
+        if len(self.shares) > 1:
+            parts = np.split(whole, np.cumsum(self.shares)[:-1] * (shape[0] // sum(self.shares)))
         return [*parts, np.zeros(shape[0], param.dtype)] if self.zero_bias else parts
 
     def load(self, tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -388,26 +389,48 @@ def _expected(slots: list[_Slot]) -> dict[str, tuple[int, ...]]:
     return {name: shape for slot in slots for name, shape in zip(slot.names, slot.stored, strict=True)}
 
 
+def _hits(named: Mapping[str, np.ndarray], config: zoo.Architecture, place: _Place) -> int:
+    return sum(name in named for slot in _slots(config, place) for name in slot.names)
+
+
+def _best(named: Mapping[str, np.ndarray], config: zoo.Architecture, layout: str) -> tuple[int, _Place | None]:
+    """The place whose names occur most often in the file, and how often."""
+    scored = [(_hits(named, config, place), place) for place in _places(config, layout)]
+    return max(scored, key=lambda pair: pair[0], default=(-1, None))
+
+
+def recognise(tensors: Mapping[str, np.ndarray], config: zoo.Architecture) -> tuple[str, zoo.Architecture]:
+    """The layout of these tensors by their names; and the architecture, or its `.vision` if they are that tower alone.
+
+    Raises:
+      ValueError: if no name is known in any layout.
+    """
+    named = _without_module(tensors)
+    found, place = _best(named, config, "auto")
+    if isinstance(config, CLIPConfig) and (alone := _best(named, config.vision, "auto"))[0] > found:
+        (found, place), config = alone, config.vision
+    if not found or place is None:
+        _unknown(named)
+    return place.layout, config
+
+
 def _recognise(named: Mapping[str, np.ndarray], config: zoo.Architecture, layout: str) -> _Place:
-    """The place whose names occur most often in the file."""
-
-    def hits(config: zoo.Architecture, place: _Place) -> int:
-        return sum(name in named for slot in _slots(config, place) for name in slot.names)
-
-    places = _places(config, layout)
-    best = max(places, key=lambda place: hits(config, place), default=None)
+    found, place = _best(named, config, layout)
     if isinstance(config, CLIPConfig):
-        tower = max(_VISION_PLACES[:2], key=lambda place: hits(config.vision, place))
-        if hits(config.vision, tower) > (hits(config, best) if best else -1) or not best:
+        alone, tower = _best(named, config.vision, layout)
+        if tower is not None and alone > found:
             raise ValueError(
                 f"These tensors are a vision tower alone (layout {tower.layout}), and the architecture has a text "
                 "tower too: give the whole model's file, or take the architecture's .vision."
             )
-    assert best is not None
-    if layout == "auto" and not hits(config, best):
-        some = ", ".join(list(named)[:5]) or "none at all"
-        raise ValueError(f"No key is one of PE's in any layout ({', '.join(LAYOUTS)}). The first keys are: {some}.")
-    return best
+    if place is None or (layout == "auto" and not found):
+        _unknown(named)
+    return place
+
+
+def _unknown(named: Mapping[str, np.ndarray]) -> NoReturn:
+    some = ", ".join(list(named)[:5]) or "none at all"
+    raise ValueError(f"No key is one of PE's in any layout ({', '.join(LAYOUTS)}). The first keys are: {some}.")
 
 
 @functools.cache
@@ -418,13 +441,21 @@ def _text_pattern(prefix: str) -> re.Pattern:
 
 def _account(named: Mapping[str, np.ndarray], slots: list[_Slot], config: zoo.Architecture, place: _Place) -> None:
     """Raises one error about all that is wrong with the keys, shapes and types."""
-    expected, report = _expected(slots), _Report()
+    expected, report, grid = _expected(slots), _Report(), _vision(config).grid
+    positions = [slot.names[0] for slot in slots if slot.path[-1] == "position" and "text" not in slot.path]
     spare = [name for name in named if name not in expected]
     for name, shape in expected.items():
         if name not in named:
             report.missing(name, shape, spare)
         elif tuple(named[name].shape) != shape:
-            report.shape(name, named[name].shape, shape)
+            side = _side(named[name], config) if name in positions else None
+            if side and side != grid:
+                report.other(
+                    f"{name} is for a {side}x{side} grid, the architecture has {grid}x{grid}: "
+                    "pass resample_position=True (--resample-position) to resample it"
+                )
+            else:
+                report.shape(name, named[name].shape, shape)
         elif not jax.numpy.issubdtype(named[name].dtype, np.floating):
             report.other(f"{name} is {named[name].dtype}; want a floating type")
     for name in spare:
@@ -433,14 +464,6 @@ def _account(named: Mapping[str, np.ndarray], slots: list[_Slot], config: zoo.Ar
         bias = slot.names[-1]
         if slot.form.zero_bias and bias in named and np.any(named[bias]):
             report.other(f"{bias} is not zero, and PE's projection has no bias to take it")
-        if slot.path[-1] == "position" and "text" not in slot.path:
-            side = _side(named.get(slot.names[0]), config)
-            grid = _vision(config).grid
-            if side and side != grid:
-                report.other(
-                    f"{slot.names[0]} is for a {side}x{side} grid, the architecture has {grid}x{grid}: "
-                    "pass resample_position=True (--resample-position) to resample it"
-                )
     report.check(f"The tensors do not fit the architecture (read as layout {place.layout})")
 
 
