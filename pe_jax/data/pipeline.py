@@ -110,12 +110,16 @@ def create(
                 f" of {share:.4g} of a batch of {batch_size}: a batch would hold a record twice. Lower batch_size or"
                 " the source's weight, or add records."
             )
+    tokenizer = tokenizer or Tokenizer(context_length)
+    width = np.shape(tokenizer(""))  # also loads the vocabulary once, before the threads need it
+    if width != (1, context_length):
+        raise ValueError(f"the tokenizer gives {list(width)} for one text; wanted [1, {context_length}].")
     stream = _Stream(
         sources=opened,
         mixture=Mixture([s.weight for s in opened]),
         augment=Augment.from_dict(config["augment"]) if config.get("augment") else None,
         size=Preprocess(image_size).shape,
-        tokenizer=tokenizer or Tokenizer(context_length),
+        tokenizer=tokenizer,
         seed=seed,
         start=start,
         batch=batch_size,
