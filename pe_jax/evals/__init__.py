@@ -1,0 +1,47 @@
+"""Evaluators: a model in, a dict of numbers out. The training loop and `pe-jax evaluate` run the same ones."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import ml_collections
+
+from pe_jax.evals.inference import Model
+from pe_jax.evals.probes import KNN
+from pe_jax.evals.retrieval import Retrieval
+from pe_jax.evals.zero_shot import ZeroShot
+
+__all__ = ["KNN", "Evaluator", "Retrieval", "ZeroShot", "create"]
+
+_EVALUATORS: dict[str, type[Any]] = {"zero_shot": ZeroShot, "knn": KNN, "retrieval": Retrieval}
+_OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's business
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Scores a model, whose parameters may lie on any mesh; every process calls it and gets the same numbers."""
+
+    def __call__(self, model: Model) -> dict[str, float]: ...
+
+
+def create(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Evaluator:
+    """The evaluator that `{"name": "zero_shot", "data": ..., ...}` asks for; `every_steps` is allowed and not read.
+
+    Raises:
+      ValueError: for an unknown evaluator or field, naming its nearest neighbour, or a wrong value.
+    """
+    fields = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    name = fields.get("name")
+    if name not in _EVALUATORS:
+        near = difflib.get_close_matches(str(name), _EVALUATORS, 1, 0.3)
+        raise ValueError(f"evaluator name={name!r} is unknown; did you mean {' or '.join(near or _EVALUATORS)}?")
+    known = {field.name: field for field in dataclasses.fields(_EVALUATORS[name])}
+    for field in fields:
+        if field not in known and field not in _OF_THE_LOOP:
+            near = difflib.get_close_matches(field, known, 1, 0.3)
+            raise ValueError(f"evaluator {name!r} has no field {field!r}; did you mean {' or '.join(near or known)}?")
+    for field, description in known.items():
+        if description.default is dataclasses.MISSING and field not in fields:
+            raise ValueError(f"evaluator {name!r} lacks {field!r}; add it to its config.")
+    return _EVALUATORS[name](**{field: value for field, value in fields.items() if field not in _OF_THE_LOOP})

@@ -1,0 +1,108 @@
+"""Labelled or captioned images for evaluators: the fields of a data source's records, by name.
+
+An evaluator's `data` is a source as in a run's `data.sources`, with three fields of its own:
+
+  {"name": "jsonl", "path": "digits/test.jsonl", "label": "label", "captions": "caption", "limit": 1000}
+
+`label` is the field that holds the class, an integer from 0 or the class's name; `captions` the one that holds a text
+or a list of texts; `limit` takes the first so many records. All processes see the same records in the same order. A
+record that cannot be read is an error: a score over fewer images would be another score.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from pe_jax.data import sources
+
+LABELS = ("label", "cls")  # looked for in this order where no field is named
+CAPTIONS = ("captions", "caption", "text", "txt")
+_OWN = ("label", "captions", "limit")
+
+
+class Images(Sequence[Any]):
+    """The images of a source's first `count` records, read one at a time when they are asked for."""
+
+    def __init__(self, source: sources.Source, count: int):
+        self._source, self._count = source, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._source[index]["image"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The records of one source, as evaluators see them."""
+
+    source: sources.Source
+    label: str | None = None
+    captions: str | None = None
+    limit: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.source) if self.limit is None else min(self.limit, len(self.source))
+
+    @property
+    def images(self) -> Images:
+        return Images(self.source, len(self))
+
+    def labels(self, classes: Sequence[str] | None = None) -> Int64[np.ndarray, "N"]:
+        """[N] class of each record: the integer that is there, or the place of its name among `classes`.
+
+        Raises:
+          ValueError: for a record without a label, a name that is no class, or a number out of range.
+        """
+        place = {name: i for i, name in enumerate(classes or ())}
+        found = np.empty(len(self), np.int64)
+        for row in range(len(self)):
+            value = self._value(row, (self.label,) if self.label else LABELS)
+            if isinstance(value, str) and value in place:
+                found[row] = place[value]
+            elif isinstance(value, int | np.integer) and value >= 0 and (classes is None or value < len(place)):
+                found[row] = value
+            else:
+                wanted = f"an integer from 0 to {len(place) - 1}, or a class name" if classes else "an integer from 0"
+                raise ValueError(f"{self.source.where(row)}: the label is {value!r:.60}; want {wanted}.")
+        return found
+
+    def texts(self) -> list[tuple[str, ...]]:
+        """The captions of each record, one or more.
+
+        Raises:
+          ValueError: for a record without any.
+        """
+        found = []
+        for row in range(len(self)):
+            value = self._value(row, (self.captions,) if self.captions else CAPTIONS)
+            own = (value,) if isinstance(value, str) else tuple(value)
+            if not own or not all(isinstance(text, str) and text.strip() for text in own):
+                raise ValueError(f"{self.source.where(row)}: the caption is {value!r:.60}; want a text, or a list.")
+            found.append(own)
+        return found
+
+    def _value(self, row: int, names: Sequence[str]) -> Any:
+        record = self.source[row]
+        for name in names:
+            if name in record:
+                return record[name]
+        raise ValueError(f"{self.source.where(row)} has no {' or '.join(names)}; its fields are {', '.join(record)}.")
+
+
+def open(config: Mapping[str, Any]) -> Records:
+    """The records that an evaluator's `data` describes.
+
+    Raises:
+      ValueError: for an unknown source or argument, or a missing file.
+    """
+    own = {name: config[name] for name in _OWN if name in config}
+    if own.get("limit", 1) is not None and own.get("limit", 1) < 1:
+        raise ValueError(f"limit={own['limit']} must be at least 1, or left out.")
+    return Records(sources.create({name: value for name, value in config.items() if name not in _OWN}), **own)
