@@ -26,7 +26,7 @@ from pe_jax.models.vision import VisionConfig
 from pe_jax.types import Params
 
 LAYOUTS = ("meta", "timm", "open_clip")
-_LISTED = 50  # keys of each kind that an error lists
+_LISTED = 30  # keys of each kind that an error lists
 
 # What each layout's library announces as the evaluation transform of these weights (timm 1.0.31, open_clip 3.3), in
 # the fields of our Preprocess. PE itself: squash, bilinear, mean and std 0.5.
@@ -362,9 +362,10 @@ def identify(tensors: Mapping[str, np.ndarray]) -> tuple[str, zoo.Architecture]:
         config = zoo.architecture(name)
         towers = [config, config.vision] if isinstance(config, CLIPConfig) else [config]
         for tower in towers:
-            expected = (_expected(_slots(tower, place)) for place in _places(tower, "auto"))
-            if any(shapes.keys() == got.keys() and shapes == got for shapes in expected):
-                found.append((name, tower))
+            for slots in (_slots(tower, place) for place in _places(tower, "auto")):
+                names = {name for slot in slots for name in slot.names}
+                if names == got.keys() and _expected(slots) == got:
+                    found.append((name, tower))
     if len(found) == 1:
         return found[0]
     names = " and ".join(name for name, _ in found) or "no released model"
