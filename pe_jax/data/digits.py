@@ -1,8 +1,8 @@
 """Real handwritten digits as an image-text data set, from files that come with scikit-learn; needs no download.
 
-1,797 scans of 8x8 pixels by 43 writers (UCI ML "Optical Recognition of Handwritten Digits", CC BY 4.0), enlarged to
-32x32, with captions written from templates. The prompts of a zero-shot evaluation must not be among the templates:
-`PROMPTS` are none of them, and hold words the templates never use.
+1,797 scans of 8x8 pixels by 43 writers (UCI ML "Optical Recognition of Handwritten Digits", CC BY 4.0), given a border
+of one pixel and enlarged to 32x32, with captions written from templates. None of the captions is a prompt of the
+zero-shot evaluation (`pe_jax/evals/assets/templates_digits.txt`): those are sentences the model has not seen.
 """
 
 import json
@@ -26,7 +26,6 @@ TEMPLATES = (
     "number {}, {number}, on dark paper",
     "{number}",
 )
-PROMPTS = ("a photo of the number {}.", "an image of the handwritten digit {}.", "a picture showing a {}.")
 
 
 def write(directory: str | os.PathLike, *, size: int = 32, test: float = 0.2, seed: int = 0) -> dict[str, int]:
@@ -66,7 +65,7 @@ def write(directory: str | os.PathLike, *, size: int = 32, test: float = 0.2, se
         (directory / split).mkdir(parents=True, exist_ok=True)
         lines = []
         for i in members.tolist():
-            small = PIL.Image.fromarray(np.round(pixels[i] * (255 / 16)).astype(np.uint8))
+            small = PIL.Image.fromarray(np.pad(np.round(pixels[i] * (255 / 16)).astype(np.uint8), 1))
             image = f"{split}/{i:04d}.png"
             small.resize((size, size), PIL.Image.Resampling.BICUBIC).save(directory / image)
             label = int(labels[i])

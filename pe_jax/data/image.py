@@ -132,6 +132,7 @@ class Preprocess:
         if "size" not in fields:
             raise ValueError(f"Preprocess needs a size; got only {sorted(fields)}.")
         size = fields.pop("size")
+        fields |= {name: _floats(fields[name]) for name in ("mean", "std") if name in fields}
         return cls(size=size if isinstance(size, int) else tuple(size), **fields)
 
 
@@ -172,8 +173,8 @@ class Augment:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Augment":
-        """Builds the record from a config; an unknown key is a ValueError that names it."""
-        return cls(**_known(cls, fields))
+        """Builds the record from a config, lists and whole numbers allowed; ValueError on an unknown key, naming it."""
+        return cls(**{name: _floats(value) for name, value in _known(cls, fields).items()})
 
     def __call__(
         self, image: Image, size: tuple[int, int], rng: np.random.Generator, resize: Preprocess | None = None
@@ -329,6 +330,12 @@ def _random_box(
     w, h = max(w, 1), max(h, 1)
     x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_floats(v) for v in value)
+    return float(value) if isinstance(value, int) else value
 
 
 def _known(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class BadRecord(ValueError):
     """A record that cannot be used (no caption, no image, not readable); the message names it."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """What a pipeline needs of a source. Safe to share between threads, and to pickle."""
 
@@ -633,6 +634,6 @@ def _plain(value: Any) -> Any:
             return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray) and value.dtype == object:
+    if isinstance(value, np.ndarray):
         return [_plain(v) for v in value.tolist()]
     return value

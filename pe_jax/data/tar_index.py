@@ -59,6 +59,12 @@ def _scan(path: str) -> TarIndex:
                     samples.append({})
                 last = key
                 samples[-1][ending] = (member.offset_data, member.size)
+            end = tar.offset
+        # tarfile takes a damaged or missing header for the end; only zeros are the end.
+        with open(path, "rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("its end mark is missing, so it was probably cut short")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path} is no readable, uncompressed tar: {error}.") from error
     endings = tuple(sorted({ending for sample in samples for ending in sample}))
