@@ -38,12 +38,23 @@ def output_weights(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(weights.noise(7, f"weights of {name}", shape) / np.float32(math.prod(shape) ** 0.5))
 
 
+def summary(name: str, gradient: Any) -> np.ndarray:
+    """What a golden file keeps of a gradient: [4], its norm and its products with three noises of the rule.
+
+    A noise has variance 1, so a difference from the true gradient shows in the products at about its own norm.
+    """
+    flat = np.asarray(gradient, np.float64).ravel()
+    noises = [weights.noise(8, f"noise {i} for {name}", flat.shape).astype(np.float64) for i in range(3)]
+    return np.array([np.linalg.norm(flat), *(flat @ noise for noise in noises)])
+
+
 def evaluate(
     spec: Any,
     tensors: Mapping[str, np.ndarray],
     forward: Callable[..., dict[str, jax.Array]],
     *inputs: np.ndarray,
     gradients: bool = True,
+    compiler_options: dict[str, Any] | None = None,
 ) -> tuple[Arrays, Arrays]:
     """Outputs of `forward(model, *inputs)` in float32, and gradients by parameters (Meta's names) and `input i`."""
     config = zoo.architecture(spec)
@@ -58,7 +69,8 @@ def evaluate(
         outputs = forward(nnx.merge(graphdef, params), *whole)
         return sum(jnp.vdot(output_weights(name, x.shape), x) for name, x in outputs.items()), outputs
 
-    run = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True) if gradients else scalar)
+    run = jax.grad(scalar, argnums=(0, 1), has_aux=True) if gradients else scalar
+    run = jax.jit(run, compiler_options=compiler_options)
     first, outputs = run(params, [jnp.asarray(inputs[i]) for i in floating])
     outputs = {name: np.asarray(x) for name, x in outputs.items()}
     if not gradients:

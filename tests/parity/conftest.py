@@ -27,7 +27,7 @@ else:
 
 @pytest.fixture(scope="session")
 def perception_models() -> Path:
-    """Meta's checkout (github.com/facebookresearch/perception_models), importable as `core`; skips where there is none."""
+    """Meta's checkout (github.com/facebookresearch/perception_models), importable as `core`; skips if unset."""
     root = os.environ.get("PERCEPTION_MODELS")
     if not root:
         pytest.skip("PERCEPTION_MODELS is unset; clone facebookresearch/perception_models and set it to that folder")

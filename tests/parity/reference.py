@@ -1,4 +1,4 @@
-"""The reference's side of a comparison: Meta's module at any configuration, its outputs and gradients (PyTorch, CPU)."""
+"""The reference's side of a comparison: Meta's module at any configuration, outputs and gradients (PyTorch, CPU)."""
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
