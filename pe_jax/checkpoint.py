@@ -185,6 +185,12 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
     )
 
 
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory of ours, rather than a weights file or a folder of safetensors shards."""
+    path = _absolute(path)
+    return path.is_dir() and not any(path.glob("*.safetensors*"))
+
+
 def complete_steps(directory: str | os.PathLike[str]) -> list[int]:
     """The numbers of the complete steps in `directory`, ascending."""
     directory = _absolute(directory)

@@ -95,9 +95,7 @@ def _read(args: argparse.Namespace) -> tuple[Any, Any, str, str | None, dict[str
 
     path = hub.resolve(args.source, offline=args.offline)
     name = args.model or (args.source if args.source in zoo.NAMES else None)
-    folder = pathlib.Path(path) if "://" not in path else None
-    is_orbax = folder is None or (folder.is_dir() and not any(folder.glob("*.safetensors*")))
-    if is_orbax:
+    if checkpoint.is_checkpoint(path):
         params, found = checkpoint.load_weights(path)
         layout, had = "orbax", zoo.architecture(found["architecture"])
         config = zoo.architecture(args.model) if args.model else had
