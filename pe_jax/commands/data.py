@@ -182,7 +182,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 record = source[i]
                 yield {**record, "image": _encoded(record["image"])}
-            except (sources.BadRecord, ValueError) as error:
+            except ValueError as error:
                 if not args.skip_bad:
                     raise ValueError(f"{error} Use --skip-bad to leave such records out.") from error
                 bad.append(str(error))

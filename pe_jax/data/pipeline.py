@@ -166,7 +166,7 @@ class Loader:
         """Batches delivered, batches/s since the start, and the share of that time spent waiting for data."""
         seconds = max(time.perf_counter() - self._began, 1e-9)
         return {
-            "batches": self._batches,
+            "batches": float(self._batches),
             "batches_per_second": self._batches / seconds,
             "wait_share": self._wait / seconds,
         }

@@ -75,7 +75,9 @@ def test_exif_orientation_is_ignored_unless_asked_for():
 
 
 def test_the_record_survives_json():
-    record = Preprocess((24, 36), "crop", "bicubic", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), rgb_first=True, exif=True)
+    record = Preprocess(
+        (24, 36), "crop", "bicubic", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), rgb_first=True, exif=True
+    )
     assert Preprocess.from_dict(json.loads(json.dumps(record.to_dict()))) == record
     assert Preprocess.from_dict({"size": 7}) == Preprocess(7) == Preprocess((7, 7))
     assert hash(Preprocess(7)) == hash(Preprocess((7, 7)))

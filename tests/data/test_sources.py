@@ -121,7 +121,12 @@ def test_a_damaged_line_is_a_bad_record_and_the_others_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"image": "a"}\n{"image": \n[1]\n{"image": 3}\n{"caption": "x"}\n{"image": "b"}\n')
     source = create({"name": "jsonl", "path": str(path)})
-    for i, message in ((1, "record 1 is not JSON"), (2, "is list in JSON"), (3, "image path is 3"), (4, "no image path")):
+    for i, message in (
+        (1, "record 1 is not JSON"),
+        (2, "is list in JSON"),
+        (3, "image path is 3"),
+        (4, "no image path"),
+    ):
         with pytest.raises(BadRecord, match=message):
             source[i]
     assert source[5]["image"].endswith("b")
@@ -151,7 +156,14 @@ def test_a_packed_file_that_is_none_is_refused(tmp_path, small):
 
 
 def test_a_record_becomes_bytes_and_back():
-    record = {"image": b"\x00\xff", "caption": "naïve ☕", "captions": ["a", "b"], "label": 3, "empty": b"", "mask": b"xyz"}
+    record = {
+        "image": b"\x00\xff",
+        "caption": "naïve ☕",
+        "captions": ["a", "b"],
+        "label": 3,
+        "empty": b"",
+        "mask": b"xyz",
+    }
     assert decode_record(encode_record(record)) == record
 
 

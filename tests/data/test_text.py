@@ -64,7 +64,7 @@ def test_a_tokenizer_is_a_value():
 
 @pytest.mark.parametrize("wrong", [3, None, b"bytes", ["nested"]])
 def test_what_is_no_text_is_refused_by_its_place(wrong):
-    with pytest.raises(ValueError, match="text 1 is .*list of strings"):
+    with pytest.raises(ValueError, match=r"text 1 is .*list of strings"):
         Tokenizer(8)(iter(["fine", wrong]))  # an iterator: the tests' type checker would be first to look into a list
 
 
@@ -123,5 +123,5 @@ def test_without_any_vocabulary_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delenv("PE_JAX_BPE", raising=False)
     monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(text, "installed_merges_file", lambda: None)
-    with pytest.raises(ValueError, match="no CLIP vocabulary found. Install instant-clip-tokenizer"):
+    with pytest.raises(ValueError, match=r"no CLIP vocabulary found. Install instant-clip-tokenizer"):
         text.find_merges()

@@ -4,6 +4,7 @@
 
 Needs torch, torchvision and a checkout of facebookresearch/perception_models. The tests that read the files need none.
 """
+# ruff: noqa: RUF001 - look-alike letters are what these texts are for
 
 import hashlib
 import importlib.util

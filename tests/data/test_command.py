@@ -1,0 +1,103 @@
+"""`pe-jax data`: digits, inspect, convert."""
+
+import argparse
+import json
+import os
+import time
+
+import PIL.Image
+import pytest
+
+from pe_jax.commands import data
+from pe_jax.data import sources
+
+
+def call(capsys, *words) -> tuple[int, dict]:
+    parser = argparse.ArgumentParser()
+    data.add_arguments(parser)
+    code = data.run(parser.parse_args([*words, "--json"]))
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_digits_are_written(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    code, result = call(capsys, "digits", str(tmp_path / "d"), "--size", "16")
+    assert code == 0 and result["train"] == 1438 and result["test"] == 359
+    assert PIL.Image.open(next((tmp_path / "d/test").iterdir())).size == (16, 16)
+
+
+@pytest.mark.parametrize("name", ["jsonl", "webdataset", "array_record"])
+def test_inspect_counts_records_and_draws_them(small, tmp_path, capsys, name):
+    sheet = tmp_path / "sheet.png"
+    code, result = call(capsys, "inspect", small.config(name)["path"], "--sheet", str(sheet), "--show", "7")
+    assert code == 0 and result["records"] == result["read"] == 23 and result["bad"] == 0
+    assert result["width"] == "24 to 30" and result["height"] == "20 to 36" and result["modes"] == "RGB (23)"
+    assert result["captions"] == small.captions[:5]
+    assert PIL.Image.open(sheet).size == (6 * 168 + 8, 2 * 212 + 8)
+
+
+def test_inspect_counts_and_names_bad_images(small, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    good = small.folder / "images/000.png"
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:60])
+    rows = [(good, "fine"), ("cut.png", "x"), (good, ""), ("none.png", "y")]
+    path.write_text("".join(json.dumps({"image": str(image), "caption": caption}) + "\n" for image, caption in rows))
+    code, result = call(capsys, "inspect", str(path))
+    assert code == 1 and result["bad"] == 3 and result["records"] == 4
+    assert all(f"a.jsonl record {i}" in message for i, message in zip((1, 2, 3), result["bad_records"], strict=True))
+    data.run(argparse.Namespace(action="inspect", source=str(path), sheet=None, show=2, limit=0, json=False))
+    assert "bad: 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["jsonl", "packed", "webdataset"])
+def test_convert_keeps_every_record(small, tmp_path, capsys, name):
+    code, result = call(capsys, "convert", small.config(name)["path"], str(tmp_path / "out"), "--shards", "3")
+    assert code == 0 and result["written_records"] == 23 and result["kept"] == 0
+    source = sources.create({"name": "array_record", "path": str(tmp_path / "out")})
+    assert [source[i]["image"] for i in range(23)] == small.images
+    assert [source[i]["caption"] for i in range(23)] == small.captions
+
+
+def test_convert_goes_on_with_the_shards_that_are_missing(small, tmp_path, capsys):
+    words = ("convert", small.config("jsonl")["path"], str(tmp_path / "out"), "--shards", "4")
+    call(capsys, *words)
+    shards = sorted((tmp_path / "out").glob("*.array_record"))
+    before = [shard.stat().st_mtime_ns for shard in shards]
+    os.remove(shards[2])
+    (tmp_path / "out" / (shards[2].name + ".partial")).write_bytes(b"what a killed process left")
+    time.sleep(0.01)
+    _, result = call(capsys, *words)
+    assert result["kept"] == 3 and result["written_records"] == 6
+    assert [s.stat().st_mtime_ns for s in shards if s != shards[2]] == [t for i, t in enumerate(before) if i != 2]
+    assert len(sources.create({"name": "array_record", "path": str(tmp_path / "out")})) == 23
+
+
+def test_convert_does_not_mix_two_conversions(small, tmp_path, capsys):
+    call(capsys, "convert", small.config("jsonl")["path"], str(tmp_path / "out"), "--shards", "2")
+    with pytest.raises(ValueError, match="holds another conversion"):
+        call(capsys, "convert", small.config("jsonl")["path"], str(tmp_path / "out"), "--shards", "3")
+
+
+def test_convert_stops_at_a_bad_record_unless_told_to_leave_it_out(small, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = [small.folder / "images/000.png", "none.png", small.folder / "images/001.png"]
+    path.write_text("".join(json.dumps({"image": str(image), "caption": "x"}) + "\n" for image in rows))
+    with pytest.raises(ValueError, match=r"none.png does not exist. Use --skip-bad"):
+        call(capsys, "convert", str(path), str(tmp_path / "out"))
+    code, result = call(capsys, "convert", str(path), str(tmp_path / "other"), "--skip-bad")
+    assert code == 0 and result["left_out"] == 1 and result["written_records"] == 2
+
+
+def test_convert_turns_arrays_into_png(tmp_path, capsys):
+    config = {"name": "synthetic", "records": 4, "size": 12}
+    call(capsys, "convert", json.dumps(config), str(tmp_path / "out"))
+    source = sources.create({"name": "array_record", "path": str(tmp_path / "out")})
+    from pe_jax.data.image import Preprocess
+
+    want = sources.create(config)[2]["image"]
+    assert (Preprocess(12).pixels(source[2]["image"]) == want).all()
+
+
+def test_more_shards_than_records_are_refused(small, tmp_path, capsys):
+    with pytest.raises(ValueError, match="--shards 24 must lie between 1 and the number of records, 23"):
+        call(capsys, "convert", small.config("jsonl")["path"], str(tmp_path / "out"), "--shards", "24")
