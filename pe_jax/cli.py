@@ -6,6 +6,7 @@ has `add_arguments(parser)` and `run(args) -> int`. Modules import what is heavy
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -29,16 +30,25 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, takes_the_rest=getattr(module, "TAKES_THE_REST", False))
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; what the user can mend is one line on stderr and exit code 2, not a traceback."""
-    args = parser().parse_args(argv)
+    """Runs a command; what the user can mend is one line on stderr and exit code 2, not a traceback.
+
+    PE_JAX_TRACEBACK=1 shows the traceback all the same.
+    """
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    args.rest = rest
+    if args.rest and not args.takes_the_rest:
+        top.error(f"unknown arguments for {args.command}: {' '.join(args.rest)}")
     try:
         return args.run(args)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if os.environ.get("PE_JAX_TRACEBACK"):
+            raise
         print(f"pe-jax {args.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has closed

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": set(),
     "hub": set(),
     "convert": {"models", "data", "checkpoint"},
-    "evals": {"models", "data", "optim"},
+    "evals": {"models", "data", "optim", "sharding"},
 }
 FORBIDDEN_EVERYWHERE = {"torch", "tensorflow", "experiments", "tpu", "tests"}
 
