@@ -5,11 +5,11 @@ import json
 import os
 import time
 
-import PIL.Image
 import pytest
 
 from pe_jax.commands import data
 from pe_jax.data import sources
+from pe_jax.data.image import Preprocess, decode
 
 
 def call(capsys, *words) -> tuple[int, dict]:
@@ -23,7 +23,7 @@ def test_digits_are_written(tmp_path, capsys):
     pytest.importorskip("sklearn")
     code, result = call(capsys, "digits", str(tmp_path / "d"), "--size", "16")
     assert code == 0 and result["train"] == 1438 and result["test"] == 359
-    assert PIL.Image.open(next((tmp_path / "d/test").iterdir())).size == (16, 16)
+    assert decode(next((tmp_path / "d/test").iterdir())).size == (16, 16)
 
 
 @pytest.mark.parametrize("name", ["jsonl", "webdataset", "array_record"])
@@ -33,7 +33,7 @@ def test_inspect_counts_records_and_draws_them(small, tmp_path, capsys, name):
     assert code == 0 and result["records"] == result["read"] == 23 and result["bad"] == 0
     assert result["width"] == "24 to 30" and result["height"] == "20 to 36" and result["modes"] == "RGB (23)"
     assert result["captions"] == small.captions[:5]
-    assert PIL.Image.open(sheet).size == (6 * 168 + 8, 2 * 212 + 8)
+    assert decode(sheet).size == (6 * 168 + 8, 2 * 212 + 8)
 
 
 def test_inspect_counts_and_names_bad_images(small, tmp_path, capsys):
@@ -92,8 +92,6 @@ def test_convert_turns_arrays_into_png(tmp_path, capsys):
     config = {"name": "synthetic", "records": 4, "size": 12}
     call(capsys, "convert", json.dumps(config), str(tmp_path / "out"))
     source = sources.create({"name": "array_record", "path": str(tmp_path / "out")})
-    from pe_jax.data.image import Preprocess
-
     want = sources.create(config)[2]["image"]
     assert (Preprocess(12).pixels(source[2]["image"]) == want).all()
 

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from pe_jax.data import digits, pipeline
-from pe_jax.data.image import Preprocess
+from pe_jax.data.image import Preprocess, decode
 
 ASSETS = pathlib.Path(digits.__file__).parents[1] / "evals/assets"
 
@@ -39,7 +39,7 @@ def test_images_are_the_scans_enlarged(folder):
     from sklearn.datasets import load_digits
 
     scans, row = load_digits(), rows(folder, "test")[3]
-    image = PIL.Image.open(folder / row["image"])
+    image = decode(folder / row["image"])
     i = int(pathlib.Path(row["image"]).stem)
     assert image.size == (32, 32) and scans.target[i] == row["label"]
     small = np.asarray(image.resize((10, 10), PIL.Image.Resampling.BOX), float)[1:9, 1:9]

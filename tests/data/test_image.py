@@ -117,8 +117,7 @@ def test_a_damaged_image_is_named(tmp_path):
             Preprocess(8)(tmp_path / name)
     with pytest.raises(BadImage, match="sample 3 cannot be decoded"):
         decode((tmp_path / "cut.jpg").read_bytes(), "sample 3")
-    lazy = PIL.Image.open(tmp_path / "cut.jpg")
-    with pytest.raises(BadImage, match=r"cut.jpg cannot be decoded"):
+    with PIL.Image.open(tmp_path / "cut.jpg") as lazy, pytest.raises(BadImage, match=r"cut.jpg cannot be decoded"):
         Preprocess(8)(lazy)
 
 
