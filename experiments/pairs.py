@@ -18,7 +18,10 @@ def get_config(arg: str = "") -> ConfigDict:
     examples = int(given.get("examples", 60_000))
 
     def source(path: str) -> dict:
-        return {"name": "csv" if path.endswith(".csv") else "packed" if path.endswith(".npz") else "jsonl", "path": path}
+        return {
+            "name": "csv" if path.endswith(".csv") else "packed" if path.endswith(".npz") else "jsonl",
+            "path": path,
+        }
 
     evals = {}
     if test:

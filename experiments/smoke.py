@@ -1,6 +1,6 @@
 """Every stage at toy size on one CPU, in seconds, on made-up pictures: does the whole loop run here?
 
-  python -m pe_jax.train --config=experiments/smoke.py --workdir=runs/smoke
+python -m pe_jax.train --config=experiments/smoke.py --workdir=runs/smoke
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +40,11 @@ def get_config() -> ConfigDict:
             "phases": [{"image_size": 16, "examples": 16 * 12}, {"image_size": 32, "examples": 16 * 8}],
             "optimizer": {"name": "lamb", "learning_rate": 1e-2, "warmup_examples": 64},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "data": {"sources": [{"name": "synthetic"}], "augment": {"crop_scale": (0.5, 1.0), "hflip": 0.5, "brightness": 0.32}, "threads": 2},
+            "data": {
+                "sources": [{"name": "synthetic"}],
+                "augment": {"crop_scale": (0.5, 1.0), "hflip": 0.5, "brightness": 0.32},
+                "threads": 2,
+            },
             "evals": {},
             "checkpoint": {"every_steps": 5, "keep": 2},
             "log_every_steps": 1,

@@ -1,7 +1,7 @@
 """The console command `pe-jax COMMAND ...`; each command is a module of `pe_jax.commands`.
 
 A command module's docstring is its help (the first line in the list, all of it in `pe-jax COMMAND --help`), and it
-has `add_arguments(parser)` and `run(args) -> int`. Modules import what is heavy inside `run`, so that `--help` is quick.
+has `add_arguments(parser)` and `run(args) -> int`. What is heavy is imported inside `run`, so that `--help` is quick.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from pe_jax import commands
 def parser() -> argparse.ArgumentParser:
     """The argument parser with every command of `pe_jax.commands`."""
     top = argparse.ArgumentParser(
-        prog="pe-jax", description="Perception Encoder in JAX: models, training, probes.", epilog="Help: pe-jax COMMAND -h"
+        prog="pe-jax",
+        description="Perception Encoder in JAX: models, training, probes.",
+        epilog="Help: pe-jax COMMAND -h",
     )
     subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in sorted(module.name for module in pkgutil.iter_modules(commands.__path__)):

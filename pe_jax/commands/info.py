@@ -1,8 +1,8 @@
 """List the released models, or tell all about one model or checkpoint.
 
-  pe-jax info
-  pe-jax info PE-Core-L14-336
-  pe-jax info runs/mine --json
+pe-jax info
+pe-jax info PE-Core-L14-336
+pe-jax info runs/mine --json
 """
 
 import argparse

@@ -34,9 +34,7 @@ def precision(dtype: Any) -> lax.Precision | None:
 
 def uniform(limit: float) -> nnx.Initializer:
     """U(-limit, limit): what PyTorch draws a Linear's kernel and bias from, with limit 1/sqrt(fan-in)."""
-    return lambda key, shape, dtype=jnp.float32, out_sharding=None: jax.random.uniform(
-        key, shape, dtype, -limit, limit
-    )
+    return lambda key, shape, dtype=jnp.float32, out_sharding=None: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def dense(
@@ -132,9 +130,7 @@ class Attention(nnx.Module):
             kernel_init=xavier,
             bias_init=zeros,
         )
-        self.out = dense(
-            (heads, head_dim), (width,), ("heads", None, "embed"), dtype=dtype, rngs=rngs, bias_init=zeros
-        )
+        self.out = dense((heads, head_dim), (width,), ("heads", None, "embed"), dtype=dtype, rngs=rngs, bias_init=zeros)
 
     def __call__(
         self,

@@ -59,7 +59,9 @@ class VisionConfig:
         if self.pool == "class" and not self.class_token:
             raise ValueError('pool="class" needs class_token=True.')
         if self.pool == "none" and self.output_width is not None:
-            raise ValueError(f'pool="none" gives tokens, so output_width={self.output_width} has no use; set it to None.')
+            raise ValueError(
+                f'pool="none" gives tokens, so output_width={self.output_width} has no use; set it to None.'
+            )
 
     @property
     def grid(self) -> int:

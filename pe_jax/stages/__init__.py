@@ -60,6 +60,6 @@ def create(config: Mapping[str, Any]) -> Stage:
             near = difflib.get_close_matches(field, known, 1, 0.3)
             raise ValueError(f"stage {name!r} has no field {field!r}; did you mean {' or '.join(near or known)}?")
     if "arch" not in fields:
-        raise ValueError(f"stage {name!r} lacks 'arch': a released name like 'PE-Core-B16-224', or a mapping of fields.")
+        raise ValueError(f"stage {name!r} lacks 'arch': a released name such as 'PE-Core-B16-224', or its fields.")
     fields["arch"] = zoo.architecture(fields["arch"])
     return _STAGES[name](**fields)

@@ -1,0 +1,45 @@
+"""Every experiment's config is complete, and fits its full-size model without allocating it."""
+
+import jax
+import pytest
+from flax import nnx
+
+from experiments import digits, pairs, pretrain_core, smoke
+from pe_jax import evals, sharding, train
+from pe_jax.models import zoo
+
+CONFIGS = {
+    "smoke": lambda: smoke.get_config(),
+    "digits": lambda: digits.get_config(),
+    "pairs": lambda: pairs.get_config("a.jsonl,test=b.jsonl,classes=digits"),
+    **{f"pretrain {size}": lambda size=size: pretrain_core.get_config(size) for size in pretrain_core.RUNS},
+}
+
+
+@pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
+def test_the_config_is_complete_and_its_state_has_shapes(make):
+    run = train.parse(make().to_dict())
+    for config in run.evals.values():
+        evals.create(config)
+    tx, rate = train.optimizer_of(run)
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 2})
+    state = train.abstract_state(run.stage, tx, mesh)
+    model = nnx.eval_shape(lambda: run.stage.build(nnx.Rngs(0)))
+    assert zoo.count(state.params) == zoo.count(nnx.state(model))
+    kernel = state.params["vision"]["blocks"]["mlp"]["up"]["kernel"]
+    assert "fsdp" in str(kernel.sharding.spec)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert moments and all(x.sharding == kernel.sharding for x in moments)
+    assert 0 < rate(0) < rate(run.steps // 3)
+
+
+@pytest.mark.parametrize(("size", "billions"), [("B16", 58), ("L14", 58.1), ("G14", 86.4)])
+def test_the_published_runs_see_the_published_number_of_examples(size, billions):
+    run = train.parse(pretrain_core.get_config(size).to_dict())
+    assert run.examples(run.steps) / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert run.phases[0].batch_size == 131_072
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="takes one of T16, S16, B16, L14, G14"):
+        pretrain_core.get_config("H14")

@@ -1,0 +1,188 @@
+"""The loop: a killed run repeats itself, on other meshes and process counts too; wrong configs are refused early."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pytest
+
+from experiments import smoke
+from pe_jax import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+VARYING = {"examples_per_second", "data_wait"}
+
+
+def command(workdir, *flags):
+    return [sys.executable, "-m", "pe_jax.train", "--config=experiments/smoke.py", f"--workdir={workdir}", *flags]
+
+
+CACHE = tempfile.TemporaryDirectory()  # the runs below compile the same steps
+
+
+def environment(devices):
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def start(workdir, *flags, devices=1):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command(workdir, *flags), cwd=ROOT, env=environment(devices), stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def rows(workdir):
+    with open(workdir / "losses.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in VARYING} for row in csv.DictReader(file)]
+
+
+def wait_for_step(workdir, step, process):
+    """Until losses.csv has this step's whole line."""
+    deadline = time.time() + 240
+    while time.time() < deadline:
+        path = workdir / "losses.csv"
+        if path.exists() and path.read_text().count("\n") > step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise TimeoutError(step)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    finish(start(workdir))
+    return workdir
+
+
+def test_a_run_killed_in_the_middle_goes_on_with_the_same_batches_and_losses(whole, tmp_path):
+    first = start(tmp_path)
+    wait_for_step(tmp_path, 7, first)
+    while not (tmp_path / "checkpoints" / "5").exists():  # saved in the background
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert int(rows(tmp_path)[-1]["step"]) < 20
+    assert "going on from step" in finish(start(tmp_path))
+    assert rows(tmp_path) == rows(whole)  # every figure of every step, to the last bit; `batch` names the records
+
+
+def test_sigterm_saves_the_step_and_ends_with_its_own_exit_code(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, code=train.PREEMPTED)
+    assert "the same command goes on" in said
+    finish(start(tmp_path))
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
+    process = start(tmp_path, "--config.mesh.data=8", devices=8)
+    wait_for_step(tmp_path, 6, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=train.PREEMPTED)
+    flags = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    finish(start(tmp_path, *flags, devices=8))
+    got, want = rows(tmp_path), rows(whole)
+    assert [row["batch"] for row in got] == [row["batch"] for row in want]
+    # 1e-3: other meshes sum in another order, and LAMB's early steps amplify the last bit of each sum
+    np.testing.assert_allclose([float(r["loss"]) for r in got], [float(r["loss"]) for r in want], rtol=1e-3)
+
+
+def test_two_processes_train_to_the_losses_of_one(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = (f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    processes = [start(tmp_path, *flags, f"--process={i}", devices=2) for i in range(2)]
+    for process in processes:
+        finish(process)
+    got, want = rows(tmp_path), rows(whole)
+    np.testing.assert_allclose([float(r["loss"]) for r in got], [float(r["loss"]) for r in want], rtol=1e-3)
+
+
+def test_a_workdir_holds_what_is_needed_to_use_and_to_repeat_the_run(whole):
+    import pe_jax
+    from pe_jax import checkpoint
+
+    assert json.loads((whole / "config.json").read_text())["batch_size"] == 16
+    metadata = checkpoint.metadata(whole)
+    assert metadata["step"] == 20 and metadata["examples"] == 320
+    model = pe_jax.load(str(whole))
+    images = model.preprocess(np.zeros((50, 40, 3), np.uint8))
+    assert images.shape == (1, 32, 32, 3)
+    image, text, scale = model(images, model.tokenize(["a", "b"]))
+    assert image.shape == (1, 16) and text.shape == (2, 16) and scale > 1
+
+
+def test_a_workdir_begun_with_another_config_is_refused_naming_the_fields(whole):
+    said = finish(start(whole, "--config.optimizer.learning_rate=0.5"), code=2)
+    assert "begun with another config (optimizer.learning_rate: 0.01 → 0.5)" in said
+
+
+def changed(**changes):
+    return smoke.get_config().to_dict() | changes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(batchsize=3), "no key 'batchsize'; did you mean batch_size"),
+        (changed(phases=[]), "phases is empty"),
+        (changed(phases=[{"image_size": 20, "examples": 99}]), "not a multiple of the patch size 8"),
+        (changed(phases=[{"image_size": 32, "examples": 9}]), "less than one batch of 16"),
+        (changed(phases=[{"pixels": 32, "examples": 99}]), "no key 'pixels'"),
+        (changed(optimizer={"lr": 1.0}), "optimizer has no key 'lr'"),
+        (changed(optimizer={"warmup_examples": 320}), "not below the run's 320 examples"),
+        (changed(stage={"name": "contrastiv"}), "unknown; the stages are contrastive"),
+        (changed(stage={"name": "contrastive", "arch": "PE-Core-B16"}), "did you mean PE-Core-B16-224"),
+        (changed(log_every_steps=0), "must be at least 1"),
+        (changed(checkpoint={"every": 2}), "checkpoint has no key 'every'"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_anything_is_allocated(config, message):
+    with pytest.raises(ValueError, match=message):
+        train.parse(config)
+
+
+def test_a_batch_the_mesh_cannot_cut_is_refused(tmp_path):
+    config = changed(batch_size=12)
+    with pytest.raises(ValueError, match="batch_size=12, which the 8 ways the mesh cuts a batch do not divide"):
+        train.train(config, tmp_path)
+
+
+def test_an_unknown_flag_or_field_is_one_line_with_an_example(tmp_path, capsys):
+    assert train.main(["--config=experiments/smoke.py", f"--workdir={tmp_path}", "--config.batch_sise=4"]) == 2
+    said = capsys.readouterr().err
+    assert "batch_sise" in said and "python -m pe_jax.train --config=" in said
+
+
+def test_examples_are_counted_over_phases_of_other_batch_sizes():
+    phases = [{"image_size": 16, "examples": 64, "batch_size": 32}, {"image_size": 32, "examples": 48}]
+    run = train.parse(changed(phases=phases))
+    assert run.steps == 5
+    assert [run.examples(step) for step in range(7)] == [0, 32, 64, 80, 96, 112, 112]
