@@ -59,7 +59,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 types: .venv/ready
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/ready
 	$(BIN)/python tests/run_docs.py

@@ -43,13 +43,13 @@ def get_config(data: str = "") -> ConfigDict:
             },
             "batch_size": 64,
             "phases": [
-                {"image_size": 16, "examples": 64 * 340},
-                {"image_size": 24, "examples": 64 * 80},
-                {"image_size": 32, "examples": 64 * 60},
+                {"image_size": 16, "examples": 64 * 100},
+                {"image_size": 24, "examples": 64 * 240},
+                {"image_size": 32, "examples": 64 * 100},
             ],
             "optimizer": {
                 "name": "lamb",
-                "learning_rate": 1e-2,
+                "learning_rate": 6e-3,
                 "warmup_examples": 64 * 48,
                 "b1": 0.9,
                 "b2": 0.95,
@@ -68,18 +68,17 @@ def get_config(data: str = "") -> ConfigDict:
                     "data": test,
                     "classes": "digits",
                     "templates": "digits",  # none of them is a training caption
-                    "every_steps": 80,
+                    "every_steps": 40,
                 },
                 "layers": {
                     "name": "knn",
                     "bank": {"name": "jsonl", "path": f"{data}/train.jsonl"},
                     "data": test,
                     "classes": "digits",
-                    "k": 20,
-                    "every_steps": 480,
+                    "k": 20,  # once, at the end
                 },
             },
-            "checkpoint": {"every_steps": 240, "keep": 2},
+            "checkpoint": {"every_steps": 200, "keep": 2},
             "log_every_steps": 10,
         }
     )

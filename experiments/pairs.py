@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    words = [word for word in arg.split(",") if word]
-    given = dict(word.split("=", 1) if "=" in word else ("train", word) for word in words)
+    given: dict[str, str] = {}
+    for word in filter(None, arg.split(",")):
+        name, equals, value = word.partition("=")
+        given |= {name: value} if equals else {"train": word}
     if unknown := set(given) - {"train", "test", "examples", "classes"}:
         raise ValueError(f"pairs.py knows train=, test=, examples= and classes=, not {sorted(unknown)}.")
     train, test = given.get("train", "pairs.jsonl"), given.get("test")

@@ -120,6 +120,7 @@ def _with_dtype(config: zoo.Architecture, dtype: str | None) -> zoo.Architecture
     if dtype is None:
         return config
     if isinstance(config, CLIPConfig):
-        vision, text = (dataclasses.replace(part, dtype=dtype) for part in (config.vision, config.text))
-        return CLIPConfig(vision, text)
+        return CLIPConfig(
+            dataclasses.replace(config.vision, dtype=dtype), dataclasses.replace(config.text, dtype=dtype)
+        )
     return dataclasses.replace(config, dtype=dtype)

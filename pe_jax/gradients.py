@@ -1,6 +1,7 @@
 """From a loss over a module to gradients over its parameters' plain dict."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -9,7 +10,7 @@ from pe_jax.types import Batch, Key, Metrics, Params, split
 
 
 def whole(
-    loss: Callable[[nnx.Module, Batch, Key], tuple[jax.Array, Metrics]],
+    loss: Callable[[Any, Batch, Key], tuple[jax.Array, Metrics]],
     model: nnx.Module,
     batch: Batch,
     key: Key,

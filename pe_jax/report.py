@@ -368,7 +368,7 @@ def _layers(run: Run, model: CLIP) -> tuple[dict[int, float], int] | None:
         config["k"] = min(20, len(own))
     probe = evals.create(config)
     assert isinstance(probe, probes.KNN)
-    probe = dataclasses.replace(probe, layers="all", k=(max(probe.k if isinstance(probe.k, tuple) else (probe.k,)),))
+    probe = dataclasses.replace(probe, layers="all", k=(max(probe.neighbours),))
     accuracies = probe.accuracies(model)
     return {layer: value for (layer, _), value in accuracies.items()}, next(iter(accuracies))[1]
 

@@ -22,7 +22,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +165,8 @@ def abstract_state(stage: stages.Stage, tx: optax.GradientTransformation, mesh: 
     model = nnx.eval_shape(lambda: stage.build(nnx.Rngs(0)))
     shardings, whole = sharding.param_shardings(model, mesh), sharding.replicated(mesh)
     state = jax.eval_shape(lambda: _fresh(stage, tx, 0))
-    placed = TrainState(whole, shardings, optim.state_shardings(state.opt_state, shardings, whole), whole)
+    moments = optim.state_shardings(state.opt_state, shardings, whole)
+    placed = dataclasses.replace(state, step=whole, params=shardings, opt_state=moments, key=whole)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, placed)
 
 
@@ -191,7 +192,7 @@ def make_train_step(
         # Without this XLA leaves gradients whole on every device of the fsdp axis.
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = stage.project(optax.apply_updates(state.params, updates))
+        params = stage.project(cast(Params, optax.apply_updates(state.params, updates)))
         return TrainState(state.step + 1, params, opt_state, state.key), scalars | {"grad_norm": optax.tree.norm(grads)}
 
     whole = shardings.step

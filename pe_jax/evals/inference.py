@@ -59,7 +59,7 @@ def tokenizer_of(model: CLIP) -> Tokenizer:
 def mesh_of(model: Model) -> Mesh | None:
     """The mesh that the parameters lie on; None where they are on one device without one."""
     placed = jax.tree.leaves(model)[0].sharding
-    return placed.mesh if isinstance(placed, NamedSharding) else None
+    return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
 
 
 def batches(
@@ -169,7 +169,7 @@ def _own_rows(mesh: Mesh | None, size: int) -> set[int]:
     if mesh is None:
         return set(range(size))
     places = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,))
-    return {row for (rows,) in places.values() for row in range(*rows.indices(size))}
+    return {row for place in places.values() if place for row in range(*place[0].indices(size))}
 
 
 def _placed(rows: list[np.ndarray], mesh: Mesh | None) -> jax.Array:

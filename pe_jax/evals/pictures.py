@@ -38,7 +38,7 @@ def _blur(x: np.ndarray) -> np.ndarray:
         pad = [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)]
         wide = np.pad(x, pad, mode="edge")
         count = x.shape[axis]
-        x = sum(w * np.take(wide, range(i, i + count), axis) for i, w in enumerate(weights))
+        x = np.sum([w * np.take(wide, range(i, i + count), axis) for i, w in enumerate(weights)], axis=0)
     return x
 
 

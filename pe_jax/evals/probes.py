@@ -101,9 +101,13 @@ class KNN:
     batch_size: int = 64
     image_size: int | None = None
 
+    @property
+    def neighbours(self) -> tuple[int, ...]:
+        """The numbers of neighbours, ascending as given."""
+        return (self.k,) if isinstance(self.k, int) else tuple(self.k)
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", (self.k,) if isinstance(self.k, int) else tuple(self.k))
-        if not self.k or min(self.k) < 1:
+        if not self.neighbours or min(self.neighbours) < 1:
             raise ValueError(f"k={self.k} must be numbers of neighbours of at least 1, like (10, 20).")
         if self.pool not in ("average", "class"):
             raise ValueError(f"pool={self.pool!r} is unknown; choose average or class.")
@@ -127,11 +131,15 @@ class KNN:
         config = inference.vision_tower(model).config
         if self.pool == "class" and not config.class_token:
             raise ValueError('this tower has no class token; take pool="average".')
-        layers = tuple(range(config.depth + 1)) if self.layers == "all" else resolve_layers(self.layers, config.depth)
+        layers = (
+            tuple(range(config.depth + 1))
+            if self.layers == "all"
+            else resolve_layers(_numbers(self.layers), config.depth)
+        )
         names = None if self.classes is None else zero_shot.classes(self.classes)
         bank, data = records.open(self.bank), records.open(self.data)
         bank_labels, labels = bank.labels(names), data.labels(names)
-        most = max(self.k)
+        most = max(self.neighbours)
         if most > len(bank_labels):
             raise ValueError(f"k={most} neighbours were asked for and the bank has {len(bank_labels)} images; lower k.")
         preprocess = inference.preprocess_of(model, self.image_size)
@@ -153,5 +161,11 @@ class KNN:
         return {
             (layer, k): float((vote(cosines[i, :, :k], voters[i, :, :k], self.temperature) == labels).mean())
             for i, layer in enumerate(layers)
-            for k in self.k
+            for k in self.neighbours
         }
+
+
+def _numbers(layers: str | Sequence[int]) -> Sequence[int]:
+    if isinstance(layers, str):
+        raise ValueError(f'layers={layers!r} must be "all" or a list of layers.')
+    return layers

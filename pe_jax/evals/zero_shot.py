@@ -49,7 +49,7 @@ def classes(spec: str | Sequence[str]) -> tuple[str, ...]:
     if repeated := sorted({name for name in found if found.count(name) > 1}):
         raise ValueError(f"class {repeated[0]!r} is there more than once; give every class a name of its own.")
     if len(found) < 2:
-        raise ValueError(f"got the single class {found[0]!r}; classification needs at least 2.")
+        raise ValueError(f"got {len(found)} class; classification needs at least 2.")
     return found
 
 

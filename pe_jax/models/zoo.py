@@ -125,8 +125,7 @@ def to_dict(config: Architecture) -> dict[str, Any]:
 def build(spec: str | Mapping[str, Any] | Architecture, rngs: nnx.Rngs) -> Model:
     """A freshly initialised model: a CLIP, or the vision tower itself where there is no text tower."""
     config = architecture(spec)
-    kind = CLIP if isinstance(config, CLIPConfig) else VisionTower
-    return kind(config, rngs=rngs)
+    return CLIP(config, rngs=rngs) if isinstance(config, CLIPConfig) else VisionTower(config, rngs=rngs)
 
 
 def abstract(spec: str | Mapping[str, Any] | Architecture) -> Model:
