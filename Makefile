@@ -46,10 +46,10 @@ demo: .venv/ready
 	$(BIN)/pe-jax convert demo/run demo/digits.pt --to meta
 
 test: .venv/ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/parity $(ARGS)
 
 test-full: .venv/ready
-	$(BIN)/python -m pytest --full $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/parity --full $(ARGS)
 
 parity: .venv-parity/ready
 	$(PARITY)/python -m pytest tests/parity -rs $(ARGS)

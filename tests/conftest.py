@@ -12,3 +12,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jaxtyping
 
 jaxtyping.install_import_hook("pe_jax", "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the tests marked `full` too (make test-full)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: takes minutes; run by make test-full")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        kept = [item for item in items if "full" not in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
+        items[:] = kept
