@@ -55,7 +55,7 @@ class Run:
     evals: list[tuple[int, str, float]]
     boundaries: tuple[int, ...]
 
-    def examples(self, step: float) -> float:
+    def examples(self, step: float | int) -> float:
         """Examples seen after `step` steps; phases may differ in batch size."""
         seen = 0
         for phase in self.config["phases"]:

@@ -44,12 +44,12 @@ HARMLESS = ("evals", "log_every_steps", "checkpoint", "mesh", "data.threads")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step."""
+    """All that changes from step to step: arrays, or in the same places their shapes or shardings."""
 
-    step: jax.Array  # [] int32, updates done
+    step: Any  # [] int32, updates done
     params: Params
     opt_state: Any
-    key: jax.Array  # of the run; each step folds its number in
+    key: Any  # of the run; each step folds its number in
 
 
 @dataclasses.dataclass(frozen=True)

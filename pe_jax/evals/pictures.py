@@ -8,7 +8,7 @@ _RGB = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557,
 _WHITE = np.array([0.9505, 1.0, 1.089])
 
 
-def pca_colors(tokens: Float[np.ndarray, "B H W D"]) -> Float[np.ndarray, "B H W 3"]:
+def pca_colors(tokens: Float[np.ndarray, "..."]) -> Float[np.ndarray, "B H W 3"]:
     """Colours of tokens, in [0, 1]: similar features get similar colours, across all the images given.
 
     Each grid is mixed half and half with its 3x3 Gaussian blur, then projected to the three directions of most
