@@ -55,7 +55,7 @@ class Run:
     evals: list[tuple[int, str, float]]
     boundaries: tuple[int, ...]
 
-    def examples(self, step: float | int) -> float:
+    def examples(self, step: float | int) -> Any:
         """Examples seen after `step` steps; phases may differ in batch size."""
         seen = 0
         for phase in self.config["phases"]:
@@ -257,10 +257,10 @@ def _curves(run: Run, plot: Any) -> Figure:
         below = axes[1, 0]
         for name, color in zip(shown, (GREEN, ORANGE, RED, GREY, BLUE), strict=False):
             x, y = run.history(name)
-            below.plot(x, y, color=color, marker="o", markersize=4, linewidth=2, label=name)
+            below.plot(x, y, color=color, marker="o", markersize=4, linewidth=2, label=name, clip_on=False)
             below.annotate(f"{y[-1]:.1%}", (x[-1], y[-1]), (-4, 7), textcoords="offset points", ha="right", color=color)
         below.set_ylim(0, 1.12)
-        below.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        below.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
         below.set_ylabel("held-out accuracy")
         below.legend(loc="lower right", frameon=False)
     begin = 0
