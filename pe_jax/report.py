@@ -55,14 +55,14 @@ class Run:
     evals: list[tuple[int, str, float]]
     boundaries: tuple[int, ...]
 
-    def examples(self, step: float | int) -> Any:
+    def examples(self, step: float | int) -> float:
         """Examples seen after `step` steps; phases may differ in batch size."""
-        seen = 0
+        seen = 0.0
         for phase in self.config["phases"]:
             size = phase.get("batch_size", self.config["batch_size"])
             steps = phase["examples"] // size
             if step <= steps:
-                return seen + step * size
+                return float(seen + step * size)
             seen, step = seen + steps * size, step - steps
         return seen
 
