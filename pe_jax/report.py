@@ -38,6 +38,7 @@ class Figure:
     png: bytes
     title: str
     text: str
+    wide: bool = False  # too fine to be shrunk to a phone's width; scrolls there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,9 @@ def write(
         (out / figure.name).write_bytes(figure.png)
     (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     page = out / "report.html"
-    page.write_text(_page(pathlib.Path(workdir).resolve().name, summary, figures, notes, run.config), "utf-8")
+    page.write_text(
+        _page("/".join(pathlib.Path(workdir).resolve().parts[-2:]), summary, figures, notes, run.config), "utf-8"
+    )
     return summary, page
 
 
@@ -214,7 +217,7 @@ def _pyplot() -> Any:
 
     pyplot.rcParams.update(
         {
-            "font.size": 11,
+            "font.size": 12,
             "axes.titlesize": 12,
             "axes.edgecolor": "#cbd5e1",
             "axes.labelcolor": INK,
@@ -227,7 +230,7 @@ def _pyplot() -> Any:
             "grid.color": "#e2e8f0",
             "grid.linewidth": 0.8,
             "axes.axisbelow": True,
-            "savefig.dpi": 140,
+            "savefig.dpi": 150,
             "figure.constrained_layout.use": True,
         }
     )
@@ -244,7 +247,7 @@ def _png(figure: Any, plot: Any) -> bytes:
 def _curves(run: Run, plot: Any) -> Figure:
     shown = [name for name in dict.fromkeys(name for _, name, _ in run.evals) if name.split("/")[-1] in _CURVES]
     rows = 2 if shown else 1
-    figure, axes = plot.subplots(rows, 1, figsize=(7.5, 2.9 * rows), sharex=True, squeeze=False)
+    figure, axes = plot.subplots(rows, 1, figsize=(6.6, 2.8 * rows), sharex=True, squeeze=False)
     above = axes[0, 0]
     x = [run.examples(row["step"]) for row in run.losses]
     y = [row["loss"] for row in run.losses]
@@ -320,7 +323,7 @@ def _samples(result: zero_shot.Result, images: Sequence[Any], scale: float, plot
         if wrong
         else f"Held-out images with the predicted class and its probability. All {len(random)} are right."
     )
-    return Figure("samples.png", _png(figure, plot), "Zero-shot predictions", text)
+    return Figure("samples.png", _png(figure, plot), "Zero-shot predictions", text, wide=True)
 
 
 def _confusion(result: zero_shot.Result, plot: Any) -> Figure:
@@ -349,7 +352,7 @@ def _confusion(result: zero_shot.Result, plot: Any) -> Figure:
     if pairs:
         most = ", ".join(f"{result.classes[r]} taken for {result.classes[c]} ({apart[r, c]})" for r, c in pairs)
         text += f" Most confused: {most}."
-    return Figure("confusion.png", _png(figure, plot), "Confusion matrix", text)
+    return Figure("confusion.png", _png(figure, plot), "Confusion matrix", text, wide=not small)
 
 
 def _layers(run: Run, model: CLIP) -> tuple[dict[int, float], int] | None:
@@ -379,7 +382,7 @@ _PIPELINE_ONLY = ("weight", "templates", "label", "classes", "caption")
 def _layer_curve(accuracies: Mapping[int, float], k: int, plot: Any) -> Figure:
     layers, values = list(accuracies), list(accuracies.values())
     best = max(layers, key=lambda layer: accuracies[layer])
-    figure, axis = plot.subplots(figsize=(7.5, 3.4))
+    figure, axis = plot.subplots(figsize=(6.6, 3.3))
     axis.plot(layers, values, color=BLUE, marker="o", markersize=5, linewidth=2)
     axis.plot([best], [accuracies[best]], color=ORANGE, marker="o", markersize=11, linestyle="none")
     low, high = min(values), max(values)
@@ -442,7 +445,7 @@ def _features(run: Run, model: CLIP, images: Sequence[Any], labels: np.ndarray, 
         f"Patch tokens ({grid[0]} x {grid[1]}), coloured by the three principal components of each layer over "
         f"{len(chosen)} held-out images: patches of like colour have like features."
     )
-    return [Figure("features.png", _png(figure, plot), "Features, layer by layer", text)]
+    return [Figure("features.png", _png(figure, plot), "Features, layer by layer", text, wide=True)]
 
 
 def _thumbnail(image: Any) -> np.ndarray:
@@ -485,6 +488,8 @@ h2 { font-size: 1.2rem; margin: 0 0 6px; }
 p { margin: 0 0 12px; color: #475569; }
 section { background: #fff; border: 1px solid #e2e8f0; border-radius: 12px; padding: 18px; margin-top: 18px; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.figure { overflow-x: auto; }
+@media (max-width: 640px) { .wide img { max-width: none; width: 680px; } }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin-top: 18px; }
 .card { background: #fff; border: 1px solid #e2e8f0; border-radius: 12px; padding: 12px 14px; }
 .card b { display: block; font-size: 1.55rem; line-height: 1.2; }
@@ -501,7 +506,7 @@ pre { overflow-x: auto; font-size: .82rem; background: #f1f5f9; padding: 12px; b
 _CARDS: tuple[tuple[str, str], ...] = (
     ("zero_shot_top1", "zero-shot top-1"),
     ("best_layer", "best layer (k-NN)"),
-    ("training_seconds", "training time"),
+    ("training_seconds", "training, without compiling"),
     ("examples_per_second", "examples a second"),
 )
 
@@ -533,7 +538,7 @@ def _page(
         source = "data:image/png;base64," + base64.b64encode(figure.png).decode()
         sections.append(
             f"<section><h2>{escape(figure.title)}</h2><p>{escape(figure.text)}</p>"
-            f'<img src="{source}" alt="{escape(figure.title)}"></section>'
+            f'<div class="figure{" wide" * figure.wide}"><img src="{source}" alt="{escape(figure.title)}"></div></section>'
         )
     plain = {key: value for key, value in summary.items() if not isinstance(value, dict)}
     rows = [(key.replace("_", " "), _shown(key, value)) for key, value in plain.items()]

@@ -11,7 +11,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jaxtyping
 
-jaxtyping.install_import_hook("pe_jax", "beartype.beartype")
+# The numeric tower: an int is welcome where a float is, as in Python's own typing rules.
+jaxtyping.install_import_hook("pe_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 def pytest_addoption(parser):
