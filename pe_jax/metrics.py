@@ -167,35 +167,6 @@ def peak_flops(devices: Sequence[Any] | None = None) -> float | None:
     return None if peak is None else peak * len(devices)
 
 
-def train_flops(arch: Any, image_size: int | tuple[int, int], frames: int = 1) -> float:
-    """Model FLOPs of one training example: three forward passes' worth of matrix products, recomputation not counted.
-
-    Args:
-      arch: a `CLIPConfig` or a `VisionConfig`.
-      image_size: pixels, (height, width) or one number for a square.
-      frames: of a video; 1 for an image.
-
-    Source: PE, Table of compute in our notes: 35.1 GFLOPs for the B/16 trunk at 224 px, forward (two per multiply-add).
-    """
-    vision = getattr(arch, "vision", arch)
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    patches = int(np.prod([side // vision.patch_size for side in sides]))
-    tokens, width = patches + vision.class_token, vision.width
-    flops = 2 * patches * 3 * vision.patch_size**2 * width + _blocks(tokens, vision)
-    if vision.pool == "attention":  # keys and values of every token, one query, an MLP of four widths
-        flops += 2 * tokens * 2 * width**2 + 4 * tokens * width + 2 * (2 + 8) * width**2
-    flops += 2 * width * (vision.output_width or 0)
-    flops *= frames
-    if text := getattr(arch, "text", None):
-        flops += _blocks(text.context_length, text) + 2 * text.width * text.output_width
-    return 3.0 * flops
-
-
-def _blocks(tokens: int, tower: Any) -> int:
-    linear = 2 * tokens * (4 * tower.width**2 + 2 * tower.width * tower.mlp_width)
-    return tower.depth * (linear + 4 * tokens**2 * tower.width)
-
-
 class Speed:
     """Examples per second, share of time spent waiting for data, and MFU, since the last reading."""
 

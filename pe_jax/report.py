@@ -535,10 +535,10 @@ def _page(
     )
     sections = []
     for figure in figures:
-        source = "data:image/png;base64," + base64.b64encode(figure.png).decode()
+        source, title = "data:image/png;base64," + base64.b64encode(figure.png).decode(), escape(figure.title)
         sections.append(
-            f"<section><h2>{escape(figure.title)}</h2><p>{escape(figure.text)}</p>"
-            f'<div class="figure{" wide" * figure.wide}"><img src="{source}" alt="{escape(figure.title)}"></div></section>'
+            f"<section><h2>{title}</h2><p>{escape(figure.text)}</p>"
+            f'<div class="figure{" wide" * figure.wide}"><img src="{source}" alt="{title}"></div></section>'
         )
     plain = {key: value for key, value in summary.items() if not isinstance(value, dict)}
     rows = [(key.replace("_", " "), _shown(key, value)) for key, value in plain.items()]

@@ -263,7 +263,8 @@ def _train(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> int:
                 last += phase.steps
                 if step >= last:
                     continue
-                flops = metrics.train_flops(run.stage.arch, phase.image_size) * phase.batch_size
+                # a backward pass costs two forward ones; recomputation is not the model's
+                flops = 3 * zoo.forward_flops(run.stage.arch, phase.image_size) * phase.batch_size
                 speed, recent = metrics.Speed(metrics.peak_flops()), []
                 loader = pipeline.create(
                     run.data,
@@ -292,7 +293,7 @@ def _train(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> int:
                             compiled = True
                         if step % run.log_every == 0 or step == run.steps:
                             row = dict(jax.device_get(scalars))
-                            _check_finite(row, recent, workdir)
+                            _check_finite(step, row, recent, workdir)
                             bad = sum(loader.bad.values())
                             row |= {
                                 "learning_rate": np.asarray(rate(step - 1)),
@@ -317,6 +318,9 @@ def _train(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> int:
                             progress.note(f"step {step}  {name}: {_line(figures)}")
                         stopping = stop.agreed(step)
                         if saver.due(step) or step == run.steps or stopping:
+                            _check_finite(
+                                step, jax.device_get(scalars), recent, workdir
+                            )  # never save a state that is lost
                             saver.save(step, state, record | {"step": step, "examples": run.examples(step)})
                         if stopping and step < run.steps:
                             saver.wait()
@@ -335,13 +339,15 @@ def _line(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
-def _check_finite(row: Mapping[str, Any], recent: Sequence[tuple[int, np.ndarray]], workdir: pathlib.Path) -> None:
+def _check_finite(
+    step: int, row: Mapping[str, Any], recent: Sequence[tuple[int, np.ndarray]], workdir: pathlib.Path
+) -> None:
     if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
         return
     path = workdir / f"nonfinite-{jax.process_index()}.json"
     path.write_text(json.dumps({str(step): index.tolist() for step, index in recent}))
     raise FloatingPointError(
-        f"loss={row['loss']} and grad_norm={row['grad_norm']} at step {recent[-1][0]}; the record numbers of the "
+        f"loss={row['loss']} and grad_norm={row['grad_norm']} by step {step}; the record numbers of the "
         f"batches since the last finite loss are in {path}. Lower the learning rate, or look at those records."
     )
 
@@ -419,7 +425,8 @@ def main(argv: Sequence[str]) -> int:
             raise flags.Error("--config and --workdir are needed")
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         # ml_collections raises these for a missing file, an unknown field and a value of the wrong type.
-        print(f"pe_jax.train: {error}\nExample:\n  {(__doc__ or '').splitlines()[2].strip()}", file=sys.stderr)
+        told = error.args[0] if isinstance(error, KeyError) else error  # a KeyError prints its message quoted
+        print(f"pe_jax.train: {told}\nExample:\n  {(__doc__ or '').splitlines()[2].strip()}", file=sys.stderr)
         return 2
     if pod.value or coordinator.value:  # before anything asks for devices
         jax.distributed.initialize(coordinator.value, processes.value, process.value)

@@ -45,6 +45,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         table.add_column("property")
         table.add_column("value")
+        table.columns[0].no_wrap = True
+        metadata = rows[0].pop("metadata", {})
+        for name in ("step", "examples", "preprocess"):  # of a checkpoint; --json has all that is stored with it
+            if name in metadata:
+                rows[0][name] = metadata[name]
         for name, value in _flat(rows[0]):
             table.add_row(name, _cell(value))
     rich.print(table)
@@ -69,7 +74,7 @@ def _summary(name: str, config: Any) -> dict[str, Any]:
         "vision parameters": zoo.count(params["vision"] if both else params),
         "text parameters": zoo.count(params["text"]) if both else 0,
         "context": config.text.context_length if both else 0,
-        "vision GFLOPs": round(zoo.forward_flops(vision) / 1e9, 1),
+        "vision GFLOPs": float(f"{zoo.forward_flops(vision) / 1e9:.4g}"),
     }
 
 

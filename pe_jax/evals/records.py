@@ -2,9 +2,9 @@
 
 An evaluator's `data` is a source as in a run's `data.sources`, with three fields of its own:
 
-  {"name": "jsonl", "path": "digits/test.jsonl", "label": "label", "captions": "caption", "limit": 1000}
+  {"name": "jsonl", "path": "digits/test.jsonl", "label": "label", "caption": "text", "limit": 1000}
 
-`label` is the field that holds the class, an integer from 0 or the class's name; `captions` the one that holds a text
+`label` is the field that holds the class, an integer from 0 or the class's name; `caption` the one that holds a text
 or a list of texts; `limit` takes the first so many records. All processes see the same records in the same order. A
 record that cannot be read is an error: a score over fewer images would be another score.
 """
@@ -20,7 +20,7 @@ from pe_jax.data import sources
 
 LABELS = ("label", "cls")  # looked for in this order where no field is named
 CAPTIONS = ("captions", "caption", "text", "txt")
-_OWN = ("label", "captions", "limit")
+_OWN = ("label", "caption", "limit")
 
 
 class Images(Sequence[Any]):
@@ -44,7 +44,7 @@ class Records:
 
     source: sources.Source
     label: str | None = None
-    captions: str | None = None
+    caption: str | None = None
     limit: int | None = None
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Records:
         """
         found = []
         for row in range(len(self)):
-            value = self._value(row, (self.captions,) if self.captions else CAPTIONS)
+            value = self._value(row, (self.caption,) if self.caption else CAPTIONS)
             own = (value,) if isinstance(value, str) else tuple(value)
             if not own or not all(isinstance(text, str) and text.strip() for text in own):
                 raise ValueError(f"{self.source.where(row)}: the caption is {value!r:.60}; want a text, or a list.")

@@ -50,4 +50,4 @@ def test_several_captions_and_shared_ones_count_as_right(model, tmp_path):
 
 def test_a_record_without_a_caption_is_named(model, dataset):
     with pytest.raises(ValueError, match="record 0 has no story"):
-        evals.create({"name": "retrieval", "data": dataset | {"captions": "story"}})(model)
+        evals.create({"name": "retrieval", "data": dataset | {"caption": "story"}})(model)

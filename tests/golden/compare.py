@@ -16,7 +16,7 @@ from flax import nnx
 
 from pe_jax.convert import pe
 from pe_jax.models import zoo
-from pe_jax.models.layers import split
+from pe_jax.types import split
 from tests.golden import weights
 
 Arrays = dict[str, np.ndarray]

@@ -9,9 +9,9 @@ from flax import nnx
 from pe_jax.convert import pe
 from pe_jax.models import zoo
 from pe_jax.models.clip import CLIP, CLIPConfig, unit
-from pe_jax.models.layers import split
 from pe_jax.models.text import TextConfig, TextTower
 from pe_jax.models.vision import VisionConfig
+from pe_jax.types import split
 from tests.golden import weights
 
 VISION = VisionConfig(12, 4, 16, 2, 2, 24, True, "attention", 10, pool_heads=2)

@@ -9,8 +9,8 @@ from jax.extend.core import jaxprs_in_params
 
 from pe_jax.convert import pe
 from pe_jax.models import zoo
-from pe_jax.models.layers import split
 from pe_jax.models.vision import VisionConfig, VisionTower
+from pe_jax.types import split
 from tests.golden import weights
 
 CONFIG = VisionConfig(20, 4, 24, 5, 3, 40, True, "attention", 14, pool_heads=2)  # grid 5x5

@@ -5,8 +5,8 @@ import pytest
 
 from pe_jax.models import zoo
 from pe_jax.models.clip import CLIPConfig
-from pe_jax.models.layers import split
 from pe_jax.models.vision import VisionConfig
+from pe_jax.types import split
 
 # PE's published sizes, from the released configurations: vision tower with its head, text tower with its embedding.
 COUNTS = {
@@ -105,3 +105,24 @@ def test_unknown_name_tells_its_neighbours():
 def test_wrong_specification_says_what_is_wrong(spec, message):
     with pytest.raises(ValueError, match=message):
         zoo.architecture(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "trunk"),
+    [
+        ("PE-Core-B16-224", 112, 8.6e9),
+        ("PE-Core-B16-224", 224, 35.1e9),
+        ("PE-Core-L14-336", 336, 382e9),
+        ("PE-Core-G14-448", 448, 4109e9),
+    ],
+)
+def test_flops_agree_with_the_papers_table(name, size, trunk):
+    config = zoo.architecture(name)
+    pool = zoo.forward_flops(config.vision, size) - trunk
+    assert 0 < pool < 0.06 * trunk  # what the table leaves out: pooler and projection
+
+
+def test_flops_of_a_video_count_the_image_tower_once_per_frame():
+    config = zoo.architecture("PE-Core-B16-224")
+    image, video = zoo.forward_flops(config, 160), zoo.forward_flops(config, 160, frames=8)
+    assert video - image == 7 * zoo.forward_flops(config.vision, 160)

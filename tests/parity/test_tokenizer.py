@@ -1,6 +1,6 @@
 """Our token ids against Meta's own tokenizer and open_clip's, live, on many strings.
 
-`SAMPLE_DATA`, a folder of .jsonl files, adds their captions and names.
+The .jsonl files of `PE_JAX_DATA` add their captions and names.
 """
 # ruff: noqa: RUF001 - look-alike letters are what these texts are for
 
@@ -80,7 +80,7 @@ def test_special_tokens_and_entities_inside_text(reference):
 
 def test_class_names_prompts_and_captions(reference):
     texts = [row["text"] for row in json.loads((TESTS / "data/golden/tokens.json").read_text())]
-    for path in sorted(pathlib.Path(os.environ["SAMPLE_DATA"]).rglob("*.jsonl")) if "SAMPLE_DATA" in os.environ else []:
+    for path in sorted(pathlib.Path(os.environ.get("PE_JAX_DATA", TESTS / "../../shared/data")).rglob("*.jsonl")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
             texts += row.get("captions", [])
