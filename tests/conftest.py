@@ -1,4 +1,4 @@
-"""Eight simulated devices, and every jaxtyping shape checked, for all tests of this folder.
+"""Eight simulated devices, quick compiles, and every jaxtyping shape checked, for all tests of this folder.
 
 The flags are set before jax starts, and the shape checker before `pe_jax` is first imported.
 """
@@ -6,8 +6,10 @@ The flags are set before jax starts, and the shape checker before `pe_jax` is fi
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Level 0 halves the time to compile a step; tests compile far more than they compute.
+for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + flag
 
 import jaxtyping
 
