@@ -24,6 +24,9 @@ help:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@# Where CLIP's vocabulary has no wheel of its own, open_clip's package is the carrier; none of its code is used.
+	@$(BIN)/python -c "import instant_clip_tokenizer" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --no-deps open_clip_torch
 	@touch $@
 
 # torchvision, timm and open_clip come without their dependencies: they would swap a CPU torch for a CUDA one.
@@ -44,6 +47,9 @@ demo: .venv/ready
 	$(BIN)/pe-jax report demo/run
 	$(BIN)/pe-jax convert demo/run demo/digits.safetensors --to meta
 	$(BIN)/pe-jax convert demo/run demo/digits.pt --to meta
+	$(BIN)/pe-jax classify --model demo/digits.safetensors $$(ls demo/digits/test/*.png | head -5) \
+		--labels "zero,one,two,three,four,five,six,seven,eight,nine" --templates digits --top 2
+	@echo "Open demo/run/report/report.html"
 
 test: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/parity $(ARGS)

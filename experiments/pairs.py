@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if unknown := set(given) - {"train", "test", "examples", "classes"}:
         raise ValueError(f"pairs.py knows train=, test=, examples= and classes=, not {sorted(unknown)}.")
     train, test = given.get("train", "pairs.jsonl"), given.get("test")
-    examples = int(given.get("examples", 60_000))
+    examples = int(given.get("examples", 90_000))
 
     def source(path: str) -> dict:
         return {
@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 {"image_size": 32, "examples": examples * 2 // 3},
                 {"image_size": 48, "examples": examples // 3},
             ],
-            "optimizer": {"name": "lamb", "learning_rate": 1e-2, "warmup_examples": examples // 10},
+            "optimizer": {"name": "lamb", "learning_rate": 4e-3, "warmup_examples": examples // 10},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {
                 "sources": [source(train)],
