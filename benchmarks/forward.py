@@ -236,7 +236,11 @@ def main() -> None:
     programs = ["ours", *(args.peer or PEERS)]
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"cores": os.cpu_count(), "platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+        },
         "versions": {package: metadata.version(package) for package in ("jax", "flax", "torch", "timm", "numpy")},
         "forward": [],
     }

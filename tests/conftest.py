@@ -11,7 +11,7 @@ for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimiza
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + flag
 
-import jaxtyping
+import jaxtyping  # noqa: E402
 
 # The numeric tower: an int is welcome where a float is, as in Python's own typing rules.
 jaxtyping.install_import_hook("pe_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

@@ -170,9 +170,7 @@ def attend(
         logits = jnp.where(np.tri(q.shape[2], k.shape[2], dtype=bool), logits, -jnp.inf)
     # Divided by the sum after the product with v, [Q, H] numbers instead of [Q, N].
     weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
-    out = jnp.einsum(
-        "bkqn,bknh->bkqh", weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("bkqn,bknh->bkqh", weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
     return jnp.swapaxes(out / jnp.sum(weights, -1, keepdims=True), 1, 2).astype(v.dtype)
 
 
