@@ -24,6 +24,7 @@ from pe_jax.types import Params
 
 FORMAT = 1  # of this layout; raised when a reader of today could not read it
 STEPS = "checkpoints"  # the folder of steps in a run's workdir
+TRAINING_ONLY = "training"  # the subtree of parameters that only a stage's loss uses, such as a mask token
 _NAME = "state"
 
 
@@ -136,7 +137,8 @@ def load_weights(
     """Parameters alone, without the optimizer state that may lie beside them.
 
     Args:
-      path: a weights directory, the workdir of a run (its newest step is taken), or one step of it.
+      path: a weights directory, the workdir of a run (its newest step is taken), or one step of it. What only a
+        stage's loss uses, the subtree `TRAINING_ONLY`, is left out.
       mesh: where to put them; replicated on it unless `shardings` says otherwise. Default: one device.
       shardings: the sharding of each parameter, a nested dict.
       expected: (abstract) parameters of the wanted architecture; names and shapes must agree.
@@ -149,6 +151,7 @@ def load_weights(
     """
     path = find(path)
     stored, _ = _describe(path)
+    stored.get("params", {}).pop(TRAINING_ONLY, None)
     if expected is not None:
         _compare(path, stored.get("params", {}), expected)
     default: Any = (
@@ -263,9 +266,8 @@ def _describe(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _load(path: epath.Path, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
     stored, metadata = _describe(path)
-    if partial:
-        stored = {name: stored[name] for name in abstract}
-    _compare(path, stored, abstract)
+    if not partial:
+        _compare(path, stored, abstract)
     loading = ocp.options.PyTreeOptions.Loading(partial_load=partial)
     with _reading(path), ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
         return ocp.load(path, abstract, checkpointable_name=_NAME), metadata

@@ -4,9 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
+from pe_jax.sharding import constrain
 from pe_jax.types import Batch, Key, Metrics, Params, split
+
+# (model, batch, key) → embeddings with examples in front, a mean over the batch's examples to add to the loss, metrics
+Embed = Callable[[Any, Batch, Key], tuple[Batch, jax.Array, Metrics]]
 
 
 def whole(
@@ -27,3 +33,80 @@ def whole(
 
     (value, metrics), grads = jax.value_and_grad(of_params, has_aux=True)(params)
     return grads, {"loss": value} | metrics
+
+
+def cached(
+    embed: Embed,
+    loss: Callable[[Any, Batch], tuple[jax.Array, Metrics]],
+    model: nnx.Module,
+    batch: Batch,
+    key: Key,
+    microbatches: int = 1,
+) -> tuple[Params, Metrics]:
+    """The exact gradient of a loss that couples the whole batch, with activations of one micro-batch at a time.
+
+    Embeds every micro-batch and keeps the embeddings alone; takes the loss's gradient by the embeddings of the whole
+    batch; then embeds every micro-batch again, with the same randomness, and carries that gradient on into the
+    parameters. It costs one forward pass more. With one micro-batch it is a single ordinary pass.
+
+    Args:
+      embed: (model, micro-batch, key) → (embeddings, penalty, metrics). The embeddings are a dict of arrays [b, ...];
+        the penalty, a mean over examples, is added to the loss averaged over micro-batches, and so are the metrics.
+      loss: (model, embeddings of the whole batch, rows in the batch's order) → (loss, metrics).
+      microbatches: how many; each holds every `microbatches`-th example, so that no example changes its device.
+
+    Returns:
+      As `whole`.
+
+    Raises:
+      ValueError: if the batch is not a multiple of `microbatches`.
+
+    Source: GradCache (arXiv:2101.06983).
+    """
+    if microbatches == 1:
+
+        def at_once(model: Any, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+            embeddings, penalty, metrics = embed(model, batch, key)
+            value, more = loss(model, embeddings)
+            return value + penalty, metrics | more
+
+        return whole(at_once, model, batch, key)
+    for name, x in batch.items():
+        if x.shape[0] % microbatches:
+            raise ValueError(f"a batch of {x.shape[0]} ({name}) does not cut into {microbatches} micro-batches alike.")
+    graphdef, params = split(model)
+    parts = {name: _cut(x, microbatches) for name, x in batch.items()}, jax.random.split(key, microbatches)
+
+    def embeddings_of(_: None, part: tuple[Batch, Key]) -> tuple[None, Batch]:
+        return None, embed(nnx.merge(graphdef, params), *part)[0]
+
+    def whole_loss(params: Params, embeddings: Batch) -> tuple[jax.Array, Metrics]:
+        return loss(nnx.merge(graphdef, params), {name: _joined(x) for name, x in embeddings.items()})
+
+    _, embeddings = lax.scan(embeddings_of, None, parts)
+    (value, metrics), (grads, by_embedding) = jax.value_and_grad(whole_loss, (0, 1), has_aux=True)(params, embeddings)
+
+    def carry_on(grads: Params, part: tuple[tuple[Batch, Key], Batch]) -> tuple[Params, tuple[jax.Array, Metrics]]:
+        inputs, by_embedding = part
+
+        def scalar(params: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+            embeddings, penalty, metrics = embed(nnx.merge(graphdef, params), *inputs)
+            pulled = sum(jnp.vdot(by_embedding[name], x) for name, x in embeddings.items())
+            return pulled + penalty / microbatches, (penalty, metrics)
+
+        more, aux = jax.grad(scalar, has_aux=True)(params)
+        return jax.tree.map(jnp.add, grads, more), aux
+
+    grads, aux = lax.scan(carry_on, grads, (parts, by_embedding))
+    penalty, more = jax.tree.map(lambda x: x.mean(0), aux)
+    return grads, {"loss": value + penalty} | more | metrics
+
+
+def _cut(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] → [parts, B/parts, ...], part j holding rows j, j + parts, ...: each device's rows stay its own."""
+    return constrain(jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), None, "batch")
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """The inverse of `_cut`."""
+    return constrain(jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), "batch")

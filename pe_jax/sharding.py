@@ -78,6 +78,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(mesh, "batch"))
 
 
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the current mesh (`jax.set_mesh`) over which examples are cut; none where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else tuple(axis for axis in RULES["batch"] or () if axis in mesh.axis_names)
+
+
 def batch_ways(mesh: Mesh) -> int:
     """How many ways a batch is cut; a global batch must be a multiple of it."""
     return math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])

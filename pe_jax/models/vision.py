@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pe_jax.models.layers import (
     MLP,
@@ -175,13 +175,36 @@ class VisionTower(nnx.Module):
     @jax.jit
     def __call__(self, images: Float[Array, "B H W 3"], key: jax.Array | None = None) -> Float[Array, "B *E"]:
         """[B, E] pooled and projected embeddings, not normalised; [B, N, D] last tokens where `pool` is "none"."""
+        return self.head(self.tokens(images, key))
+
+    def tokens(
+        self,
+        images: Float[Array, "B H W 3"],
+        key: jax.Array | None = None,
+        *,
+        masked: Bool[Array, "B P"] | None = None,
+        mask_token: Float[Array, "D"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        """[B, N, D] tokens after the last block, before `norm_post`.
+
+        Args:
+          images: [B, H, W, 3] in [-1, 1].
+          key: randomness of DropPath in training; None for inference.
+          masked: which of the P = H/P · W/P patches are hidden: their embedding becomes `mask_token`, their position
+            stays (PE §2.1, mask regularisation).
+          mask_token: what stands for a hidden patch; None is a zero vector.
+        """
         depth = self.config.depth
-        return self.head(self._tokens(images, (depth,), key)[depth])
+        return self._tokens(images, (depth,), key, masked, mask_token)[depth]
+
+    def normed(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        """Last tokens as the pooling sees them: through `norm_post`, where the tower has one."""
+        return self.norm_post(tokens) if self.config.norm_post else tokens
 
     def head(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B *E"]:
         """What follows the last block: `norm_post`, pooling, projection, as far as the tower has them."""
         c = self.config
-        x = self.norm_post(tokens) if c.norm_post else tokens
+        x = self.normed(tokens)
         if c.pool == "attention":
             x = self.pool(x)
         elif c.pool == "class":
@@ -204,12 +227,21 @@ class VisionTower(nnx.Module):
         return nnx.merge(graphdef, kept | {"blocks": jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])})
 
     @functools.partial(jax.jit, static_argnames="layers")
-    def _tokens(self, images: Array, layers: tuple[int, ...], key: jax.Array | None) -> dict[int, Array]:
+    def _tokens(
+        self,
+        images: Array,
+        layers: tuple[int, ...],
+        key: jax.Array | None,
+        masked: Array | None = None,
+        mask_token: Array | None = None,
+    ) -> dict[int, Array]:
         c = self.config
         _check_images(images, c.patch_size)
         x = self.patch(images)
         batch, rows, columns, width = x.shape
         x = x.reshape(batch, rows * columns, width)
+        if masked is not None:
+            x = jnp.where(masked[:, :, None], 0 if mask_token is None else mask_token.astype(x.dtype), x)
         if c.class_token:
             token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (batch, 1, width))
             x = jnp.concatenate([token, x], axis=1)

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jax import lax
+from jaxtyping import Array, Bool, Float, UInt8
 
 from pe_jax import gradients, losses
 from pe_jax.models.clip import CLIP, CLIPConfig, unit
@@ -17,38 +18,101 @@ def pixels(images: UInt8[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
     return (images.astype(jnp.float32) / 255 - 0.5) / 0.5
 
 
+class TrainingOnly(nnx.Module):
+    """Parameters that only the loss uses; a model loaded from the checkpoint comes without them."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)), axes=("embed",))
+
+
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """Symmetric InfoNCE between images, or videos, and their captions (PE §2.1)."""
+    """Symmetric InfoNCE between images, or videos, and their captions, with mask regularisation (PE §2.1, §2.4).
+
+    Mask regularisation: every `mask_every`-th image goes through the vision tower once more with `mask_ratio` of its
+    patches hidden, and each hidden patch's token is drawn to the token the whole image gave at its place. The copies
+    take no part in the contrastive loss, and the tokens they are drawn to receive no gradient.
+    """
 
     arch: CLIPConfig
     frozen: tuple[str, ...] = ()  # path prefixes that stay as they are, such as "vision" to tune the text tower alone
+    microbatches: int = 1  # forward passes per update; the loss still spans the global batch
+    loss_chunk: int | None = None  # texts at a time in the loss; None holds all logits
+    mask_ratio: float = 0.0  # of the patches of a masked copy; 0 switches mask regularisation off
+    mask_every: int = 16  # 8192 of the paper's 131,072
+    mask_weight: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frozen", tuple(self.frozen))
         if not isinstance(self.arch, CLIPConfig):
             raise ValueError("the contrastive stage needs a text tower too; take a PE-Core architecture.")
+        if self.microbatches < 1 or self.mask_every < 1 or (self.loss_chunk or 1) < 1:
+            raise ValueError("microbatches, mask_every and loss_chunk count examples; each must be at least 1.")
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio} must be in [0, 1); it is the share of patches hidden.")
 
     def build(self, rngs: nnx.Rngs) -> CLIP:
-        return CLIP(self.arch, rngs=rngs)
+        model = CLIP(self.arch, rngs=rngs)
+        if self.mask_ratio:
+            model.training = TrainingOnly(self.arch.vision.width, rngs=rngs)
+        return model
 
     def trainable(self, path: str) -> bool:
         return not any(path == part or path.startswith(part + "/") for part in self.frozen)
 
     def gradients(self, model: CLIP, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        return gradients.whole(self._loss, model, batch, key)
+        return gradients.cached(self._embed, self._loss, model, batch, key, self.microbatches)
 
     def project(self, params: Params) -> Params:
         # Clamped after the update rather than in the loss, so that a gradient can always bring it back.
         return params | {"log_scale": jnp.minimum(params["log_scale"], losses.MAX_LOG_SCALE)}
 
-    def _loss(self, model: CLIP, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+    def _embed(self, model: CLIP, batch: Batch, key: Key) -> tuple[Batch, jax.Array, Metrics]:
+        text = model.encode_text(batch["text"])
         if "video" in batch:
             clips = batch["video"]
             frames = pixels(clips.reshape(-1, *clips.shape[2:]))
             # Frames are normalised, averaged, and the mean normalised again for the loss (PE §2.2).
             image = unit(unit(model.vision(frames, key)).reshape(*clips.shape[:2], -1).mean(1))
+            return {"image": image, "text": text}, jnp.zeros(()), {}
+        images = pixels(batch["image"])
+        tokens = model.vision.tokens(images, key)
+        embeddings = {"image": unit(model.vision.head(tokens)), "text": text}
+        if not self.mask_ratio:
+            return embeddings, jnp.zeros(()), {}
+        penalty = self._mask_loss(model, images, tokens, jax.random.fold_in(key, 1))
+        return embeddings, self.mask_weight * penalty, {"mask_loss": penalty}
+
+    def _mask_loss(self, model: CLIP, images: jax.Array, tokens: jax.Array, key: Key) -> jax.Array:
+        """1 - cosine between the tokens of hidden patches and of the same patches in plain sight, mean over them."""
+        batch, every, vision = images.shape[0], self.mask_every, model.vision
+        if batch % every:
+            raise ValueError(f"{batch} images at a time are not a multiple of mask_every={every}; change either one.")
+        # Every so-manieth image rather than the first ones: on any mesh each device copies rows of its own.
+        images, tokens = (x.reshape(-1, every, *x.shape[1:])[:, 0] for x in (images, tokens))
+        patches = tokens.shape[1] - vision.config.class_token
+        hidden, drop = jax.random.split(key)
+        masked = choose(hidden, (images.shape[0], patches), round(self.mask_ratio * patches))
+        seen = lax.stop_gradient(vision.normed(tokens))
+        guessed = vision.normed(vision.tokens(images, drop, masked=masked, mask_token=model.training.mask_token[...]))
+        cosine = jnp.sum(_unit(guessed) * _unit(seen), -1)[:, vision.config.class_token :]
+        return jnp.mean(1 - cosine, where=masked)
+
+    def _loss(self, model: CLIP, embeddings: Batch) -> tuple[jax.Array, Metrics]:
+        inputs = embeddings["image"], embeddings["text"], model.log_scale[...]
+        if self.loss_chunk is None:
+            loss, metrics = losses.info_nce(*inputs)
         else:
-            image = unit(model.vision(pixels(batch["image"]), key))
-        loss, metrics = losses.info_nce(image, model.encode_text(batch["text"]), model.log_scale[...])
+            loss, metrics = losses.info_nce_chunked(*inputs, chunk=self.loss_chunk, dtype=self.arch.vision.dtype)
         return loss, metrics | {"logit_scale": jnp.exp(model.log_scale[...])}
+
+
+def choose(key: Key, shape: tuple[int, int], count: int) -> Bool[Array, "B P"]:
+    """[B, P] of which exactly `count` in each row are True, drawn evenly."""
+    noise = jax.random.uniform(key, shape)
+    return jnp.argsort(jnp.argsort(noise, -1), -1) < count
+
+
+def _unit(x: Array) -> Array:
+    """Tokens [B, N, D] brought to unit length, in float32."""
+    return unit(x.reshape(-1, x.shape[-1])).reshape(x.shape)
