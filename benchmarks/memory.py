@@ -9,6 +9,7 @@ Nothing is run: temporary bytes and FLOPs are the compiler's own for the value a
 import argparse
 import functools
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -71,9 +72,8 @@ def table(title: str, rows: dict[str, Any]) -> None:
         try:
             memory = f"{compiler().memory_analysis().temp_size_in_bytes / MIB:,.0f}"
         except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit, and says by how much
-            memory = (
-                "does not fit: " + next((line for line in str(error).splitlines() if "Used" in line), str(error))[:90]
-            )
+            used = re.search(r"Used \S+ of \S+", str(error))
+            memory = f"does not fit: {used[0]}" if used else str(error)[:90]
         print(f"| {name} | {memory} | {time.perf_counter() - start:.0f} |", flush=True)
 
 
@@ -85,15 +85,15 @@ def main() -> int:
         from jax.experimental import topologies
 
         devices = topologies.get_topology_desc(args.tpu, platform="tpu").devices
-        where, batch, width, micro = f"{args.tpu} ({len(devices)} chips)", 131_072, 1280, (1, 2, 4, 8)
+        where, batch, width, micro = f"{args.tpu} ({len(devices)} chips)", 131_072, 1280, (1, 4, 16, 64)
     else:
         devices, where, batch, width, micro = jax.devices(), "8 CPU devices", 8192, 1024, (1, 2, 4, 8)
     mesh = sharding.make_mesh({"data": -1, "fsdp": min(8, len(devices))}, devices)
     rows = {name: functools.partial(loss_row, form, batch, width, mesh) for name, form in FORMS.items()}
     table(f"Loss of {batch:,} pairs of width {width:,} on {where}", rows)
-    name = "PE-Core-L14-336" if args.tpu else "PE-Core-T16-384"
-    arch = zoo.architecture({"base": name, "vision": {"dtype": "bfloat16"}, "text": {"dtype": "bfloat16"}})
-    examples = 64 * len(devices)
+    name, examples = ("PE-Core-L14-336", batch) if args.tpu else ("PE-Core-T16-384", 512)
+    tower = {"dtype": "bfloat16", "remat": "block"}
+    arch = zoo.architecture({"base": name, "vision": tower, "text": tower})
 
     def stage(parts: int) -> Contrastive:
         return Contrastive(arch, microbatches=parts, loss_chunk=1024)
@@ -102,7 +102,7 @@ def main() -> int:
         f"{n} micro-batches" if n > 1 else "whole": functools.partial(gradient_row, stage(n), examples, mesh)
         for n in micro
     }
-    table(f"Gradients of {name}, {examples:,} pairs, bfloat16, no remat, on {where}", rows)
+    table(f"Gradients of {name}, {examples:,} pairs, bfloat16, remat by block, on {where}", rows)
     return 0
 
 

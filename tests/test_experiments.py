@@ -1,5 +1,7 @@
 """Every experiment's config is complete, and fits its full-size model without allocating it."""
 
+import itertools
+
 import jax
 import pytest
 from flax import nnx
@@ -12,6 +14,7 @@ CONFIGS = {
     "smoke": lambda: smoke.get_config(),
     "digits": lambda: digits.get_config(),
     "pairs": lambda: pairs.get_config("a.jsonl,test=b.jsonl,classes=digits"),
+    **{f"ladder {row}": lambda row=row: pretrain_core.get_config(f"L14,ablation={row}") for row in (1, 9)},
     **{f"pretrain {size}": lambda size=size: pretrain_core.get_config(size) for size in pretrain_core.RUNS},
 }
 
@@ -40,6 +43,36 @@ def test_the_published_runs_see_the_published_number_of_examples(size, billions)
     assert run.phases[0].batch_size == 131_072
 
 
-def test_an_unknown_size_is_refused():
+def test_each_row_of_the_ladder_changes_what_its_name_says_and_nothing_else():
+    rows = [train._leaves(pretrain_core.get_config(f"L14,ablation={row}").to_dict()) for row in range(1, 10)]
+    changed = []
+    for before, after in itertools.pairwise(rows):
+        names = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        changed.append({name.removeprefix("stage.").split("[")[0] for name in names})
+    sections = [sorted({name.split(".")[0] for name in names}) for names in changed]
+    assert sections == [
+        ["phases"],
+        ["batch_size", "optimizer", "phases"],
+        ["optimizer"],
+        ["arch", "phases"],
+        ["arch"],
+        ["arch"],
+        ["data"],
+        ["mask_ratio"],
+    ]
+    assert changed[4] == {"arch.vision.rope"} and changed[5] == {"arch.vision.pool"}
+
+
+@pytest.mark.parametrize(
+    ("row", "billions", "thousand_steps"), [(1, 12, 366), (2, 12, 366), (3, 24, 366), (5, 24, 366), (9, 24, 366)]
+)
+def test_the_rows_of_the_ladder_see_the_published_number_of_examples(row, billions, thousand_steps):
+    run = train.parse(pretrain_core.get_config(f"L14,ablation={row}").to_dict())
+    assert run.examples(run.steps) / 1e9 == pytest.approx(billions, rel=1e-4)
+    assert run.steps // 1000 == thousand_steps
+
+
+@pytest.mark.parametrize("arg", ["H14", "L14,ablation=10", "L14,ablation=0", "B16,ablation=2", "L14,date=now"])
+def test_what_is_no_experiment_is_refused(arg):
     with pytest.raises(ValueError, match="takes one of T16, S16, B16, L14, G14"):
-        pretrain_core.get_config("H14")
+        pretrain_core.get_config(arg)
