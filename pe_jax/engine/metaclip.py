@@ -55,7 +55,7 @@ DROPS = (
 )
 EXAMPLES = 20  # bad records named in the report
 
-BUILTIN = tuple(
+BUILTIN: tuple[str, ...] = tuple(
     """airplane, apple, arm, baby, ball, banana, beach, bear, bed, bench, bicycle, bird, black and white, boat, book,
     bottle, bowl, box, boy, bread, bridge, building, bus, butterfly, cake, camera, car, castle, cat, chair, cheese,
     chicken, child, church, city, clock, cloud, coat, coffee, computer, cow, cup, dance, deer, desert, desk, dog, door,
@@ -141,7 +141,7 @@ def read_entries(paths: Sequence[str], *, builtin: bool = False, min_count: int 
     Raises:
       ValueError: if a file is missing or not of this form, or nothing is left.
     """
-    found = list(BUILTIN) if builtin else []
+    found: list[str] = [*BUILTIN] if builtin else []
     for path in paths:
         try:
             with open(path, encoding="utf-8-sig") as file:
@@ -484,6 +484,11 @@ def shard_path(out: str, shard: int, shards: int) -> str:
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
+def is_sound(tally: Mapping[str, int], options: Curation) -> bool:
+    """Whether the pairs may be written: there are records, and no more bad ones than allowed."""
+    return tally.get("records", 0) > 0 and tally.get("bad", 0) <= options.max_bad_records
+
+
 def report(
     entries: Sequence[str],
     tally: Mapping[str, int],
@@ -494,10 +499,10 @@ def report(
 ) -> dict[str, Any]:
     """What came in, what each step dropped, what is left, as plain data."""
     largest = sorted(before, key=lambda entry: (-before[entry], entries[entry]))[:EXAMPLES]
-    settings = dataclasses.asdict(options)
+    settings = {**dataclasses.asdict(options), "dedup": list(options.dedup)}
     settings["max_aspect"] = None if options.max_aspect == math.inf else options.max_aspect
     return {
-        "complete": tally.get("bad", 0) <= options.max_bad_records,
+        "complete": is_sound(tally, options),
         "records": tally.get("records", 0),
         "bad": tally.get("bad", 0),
         "pairs": tally.get("pairs", 0),
@@ -657,6 +662,8 @@ def prepare(out: str, entries: Sequence[str]) -> None:
 
 
 def _checked(found: dict[str, Any], out: str) -> dict[str, Any]:
+    if not found["records"]:
+        raise ValueError(f"the input holds no record; nothing was written but {out}/report.json.")
     if not found["complete"]:
         raise ValueError(
             f"{found['bad']} of {found['records']} records are bad, more than max_bad_records="
@@ -783,7 +790,7 @@ def _write_step(
     group: tuple[int, Iterable[tuple[bytes, str] | None]], tally: Mapping[str, int], options: Curation, out: str
 ) -> Iterator[str]:
     number, members = group
-    if tally.get("bad", 0) <= options.max_bad_records:
+    if is_sound(tally, options):
         path = shard_path(out, number, options.shards)
         write(path, (f"{line}\n" for _, line in sorted(member for member in members if member is not None)))
         yield path
