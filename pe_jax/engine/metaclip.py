@@ -472,6 +472,17 @@ def balance(
     return kept, tally, counts
 
 
+def total(counts: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    """The sum of counts, entry by entry; in any order and grouping."""
+    result: collections.Counter[int] = collections.Counter()
+    for part in counts:
+        if result:
+            result.update(part)
+        else:
+            result = collections.Counter(part)
+    return dict(result)
+
+
 def shard_of(pair: Pair, shards: int) -> int:
     """The output file of a pair, from 0."""
     return int.from_bytes(pair[0][:8], "big") % shards
@@ -774,7 +785,7 @@ def _match_step(batch: list[Pair], metadata: str) -> Iterator[Any]:
     matched, tally, counts = match(batch, _metadata(metadata)[1])
     yield matched
     yield from _tagged("tally", tally.items())
-    yield from _tagged("counts", counts.items())
+    yield from _tagged("counts", [dict(counts)])  # one element, where its thousand items would cost as much as the rest
 
 
 def _balance_step(
@@ -783,7 +794,7 @@ def _balance_step(
     kept, tally, counts = balance(batch, chance, _metadata(metadata)[0], seed)
     yield from kept
     yield from _tagged("tally", tally.items())
-    yield from _tagged("counts", counts.items())
+    yield from _tagged("counts", [dict(counts)])  # one element, where its thousand items would cost as much as the rest
 
 
 def _write_step(
@@ -848,12 +859,12 @@ def connect(pipeline: Any, path: str, options: Curation, out: str) -> None:
         | "batch pairs" >> beam.BatchElements(min_batch_size=BATCH, max_batch_size=BATCH)
         | "match" >> beam.FlatMap(_match_step, metadata).with_outputs("tally", "counts", main="pairs")
     )
-    before = matched.counts | "before" >> beam.CombinePerKey(sum)
-    chance = before | "above t" >> beam.FlatMap(lambda item, t: chances(dict([item]), t).items(), options.threshold)
+    before = matched.counts | "before" >> beam.CombineGlobally(total)
+    chance = before | "above t" >> beam.Map(chances, options.threshold)
     balanced = matched.pairs | "balance" >> beam.FlatMap(
-        _balance_step, beam.pvalue.AsDict(chance), metadata, options.seed
+        _balance_step, beam.pvalue.AsSingleton(chance), metadata, options.seed
     ).with_outputs("tally", "counts", main="pairs")
-    after = balanced.counts | "after" >> beam.CombinePerKey(sum)
+    after = balanced.counts | "after" >> beam.CombineGlobally(total)
     tally = beam.pvalue.AsDict(
         [*tallies, matched.tally, balanced.tally] | "tallies" >> beam.Flatten() | "tally" >> beam.CombinePerKey(sum)
     )
@@ -874,8 +885,8 @@ def connect(pipeline: Any, path: str, options: Curation, out: str) -> None:
             _report_step,
             beam.pvalue.AsIter(written),
             tally,
-            beam.pvalue.AsDict(before),
-            beam.pvalue.AsDict(after),
+            beam.pvalue.AsSingleton(before),
+            beam.pvalue.AsSingleton(after),
             beam.pvalue.AsSingleton(bad),
             metadata,
             options,
