@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def corpus(captions: int, entries: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Captions of 3 to 20 words with commas and full stops; entries: half words, a third pairs of them, then triples."""
+    """Captions of 3 to 20 words with commas and full stops; entries: half words, a third pairs, the rest triples."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", range(26, 0, -1), k=rng.randint(2, 9)))]
     seen = set(words)
