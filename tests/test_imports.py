@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "hub": set(),
     "convert": {"models", "data", "checkpoint"},
     "evals": {"models", "data", "optim", "sharding"},
+    "engine": {"models", "data", "checkpoint"},
 }
 FORBIDDEN_EVERYWHERE = {"torch", "tensorflow", "experiments", "tpu", "tests"}
 

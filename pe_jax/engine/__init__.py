@@ -1,0 +1,1 @@
+"""Offline programs that make data sets, on Apache Beam (extra `curation`)."""
