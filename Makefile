@@ -1,5 +1,5 @@
 # Two commands to begin with: `make demo` and `make test`. Each makes .venv itself; all they need is Python 3.11-3.13.
-.PHONY: help demo test test-full parity lint types docs bench clean
+.PHONY: help demo test test-full parity curation lint types docs bench clean
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -14,6 +14,7 @@ help:
 	@echo "make demo       train a small Perception Encoder on handwritten digits and open its report (minutes, CPU)"
 	@echo "make test       the tests; no torch, no network"
 	@echo "make parity     equality with torch, timm, open_clip, transformers; ARGS='-k word' chooses"
+	@echo "make curation   the tests of the Apache Beam program"
 	@echo "make test-full  the long tests too"
 	@echo "make bench      speed beside the peers"
 	@echo "make lint types docs clean"
@@ -40,6 +41,15 @@ help:
 	$(PARITY)/python -m pip install --quiet -e ".[convert-test,dev]"
 	@touch $@
 
+# Beam holds Pillow and protobuf back, so it lives apart.
+.venv-curation/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "pe_jax needs Python 3.11, 3.12 or 3.13 on PATH, or PYTHON=/path/to/python"; exit 1; }
+	@echo "Making .venv-curation with Apache Beam (a minute or two, once) ..."
+	$(PYTHON) -m venv .venv-curation
+	.venv-curation/bin/python -m pip install --quiet --upgrade pip
+	.venv-curation/bin/python -m pip install --quiet -e ".[curation,viz]" pytest beartype
+	@touch $@
+
 demo: .venv/ready
 	rm -rf demo
 	$(BIN)/pe-jax data digits demo/digits
@@ -60,6 +70,9 @@ test-full: .venv/ready
 parity: .venv-parity/ready
 	$(PARITY)/python -m pytest tests/parity -rs $(ARGS)
 
+curation: .venv-curation/ready
+	.venv-curation/bin/python -m pytest tests/engine $(ARGS)
+
 lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,4 +87,4 @@ bench: .venv-parity/ready
 	$(PARITY)/python -m benchmarks.forward $(ARGS)
 
 clean:
-	rm -rf .venv .venv-parity demo runs build *.egg-info
+	rm -rf .venv .venv-parity .venv-curation demo runs build *.egg-info
