@@ -72,8 +72,8 @@ def table(title: str, rows: dict[str, Any]) -> None:
         try:
             memory = f"{compiler().memory_analysis().temp_size_in_bytes / MIB:,.0f}"
         except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit, and says by how much
-            used = re.search(r"Used \S+ of \S+", str(error))
-            memory = f"does not fit: {used[0]}" if used else str(error)[:90]
+            sizes = re.findall(r"\((\d[\d.]*G)\)", str(error))
+            memory = "does not fit: {} of {}".format(*sizes) if len(sizes) == 2 else str(error)[:90]
         print(f"| {name} | {memory} | {time.perf_counter() - start:.0f} |", flush=True)
 
 
