@@ -175,6 +175,16 @@ def test_a_batch_the_mesh_cannot_cut_is_refused(tmp_path):
         train.train(config, tmp_path)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_records_and_is_not_saved(tmp_path):
+    config = changed(optimizer={"name": "adamw", "learning_rate": 1e30}, phases=[{"image_size": 16, "examples": 64}])
+    config["checkpoint"], config["log_every_steps"] = {"every_steps": 2}, 4
+    with pytest.raises(FloatingPointError, match=r"by step 2; the record numbers .* are in .*nonfinite-0.json"):
+        train.train(config, tmp_path)
+    records = json.loads((tmp_path / "nonfinite-0.json").read_text())
+    assert list(records) == ["1", "2"] and len(records["2"]) == 16
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
 def test_an_unknown_flag_or_field_is_one_line_with_an_example(tmp_path, capsys):
     assert train.main(["--config=experiments/smoke.py", f"--workdir={tmp_path}", "--config.batch_sise=4"]) == 2
     said = capsys.readouterr().err
