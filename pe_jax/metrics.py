@@ -223,8 +223,7 @@ class Progress:
             self._began = (step, now)  # the first step compiles: its time says nothing of the rest
         done, seconds = step - self._began[0], now - self._began[1]
         eta = _duration((self._steps - step) * seconds / done) if done else "?"
-        speed = f"{examples_per_second:,.0f} examples/s" if examples_per_second else "compiled"  # the first step
-        parts = [f"loss {loss:.4f}", speed, f"ETA {eta}", *notes]
+        parts = [f"loss {loss:.4f}", f"{examples_per_second:,.0f} examples/s", f"ETA {eta}", *notes]
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=step, description="  ".join(parts))
         elif now - self._last >= self._seconds or step == self._steps:

@@ -10,6 +10,7 @@ on any mesh and any number of processes. SIGTERM saves and ends with exit code 7
 In WORKDIR: config.json, losses.csv, evals.csv, tensorboard/, checkpoints/.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -240,7 +241,7 @@ def _train(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> int:
         "preprocess": Preprocess(run.image_size).to_dict(),
         "config": plain,
     }
-    update, stop = make_train_step(run.stage, tx, abstract), StopSignal()
+    ahead, stop = CompileAhead(make_train_step(run.stage, tx, abstract), abstract, mesh), StopSignal()
     begun, last = time.perf_counter(), 0
     with checkpoint.Checkpointer(workdir / checkpoint.STEPS, every_steps=run.save_every, keep=run.keep) as saver:
         resumed = saver.latest
@@ -259,7 +260,7 @@ def _train(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> int:
             + ("" if resumed is None else f"; going on from step {step}")
         )
         try:
-            for phase in run.phases:
+            for number, phase in enumerate(run.phases):
                 last += phase.steps
                 if step >= last:
                     continue
@@ -277,20 +278,21 @@ def _train(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> int:
                     start=run.examples(step),
                 )
                 with loader:
-                    compiled = False
+                    compiled = None
                     while step < last:
                         asked = time.perf_counter()
                         local = next(loader)
                         waited = time.perf_counter() - asked
                         recent.append((step + 1, local.pop("index")))
+                        batch = sharding.global_batch(local, mesh)
+                        if compiled is None:
+                            compiled = ahead.of(phase, batch)
+                            ahead.start(run.phases[number + 1 : number + 2], batch)
+                            speed.reset()  # compilation is not the step's time
                         with jax.set_mesh(mesh):
-                            state, scalars = update(state, sharding.global_batch(local, mesh))
+                            state, scalars = compiled(state, batch)
                         step += 1
                         speed.count(phase.batch_size, flops, waited)
-                        if not compiled:  # compilation is not the step's time
-                            jax.block_until_ready(scalars)
-                            speed.reset()
-                            compiled = True
                         if step % run.log_every == 0 or step == run.steps:
                             row = dict(jax.device_get(scalars))
                             _check_finite(step, row, recent, workdir)
@@ -379,6 +381,42 @@ def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
     if items is None:
         return {name.lstrip("."): tree}
     return {path: leaf for key, value in items for path, leaf in _leaves(value, f"{name}.{key}").items()}
+
+
+class CompileAhead:
+    """The update compiled for each phase's shapes: the next phase's in the background, while this one trains."""
+
+    def __init__(self, update: Any, abstract: TrainState, mesh: jax.sharding.Mesh):
+        self._update, self._abstract, self._mesh = update, abstract, mesh
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
+        self._found: dict[Phase, concurrent.futures.Future[Any]] = {}
+
+    def start(self, phases: Sequence[Phase], batch: Batch) -> None:
+        """Begins to compile for each of `phases`, whose batches are like `batch` but for their size and pixels."""
+        for phase in phases:
+            if phase not in self._found:
+                self._found[phase] = self._pool.submit(self._compile, batch_like(batch, phase))
+
+    def of(self, phase: Phase, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The update compiled for `phase`, when it is ready."""
+        self.start([phase], batch)
+        return self._found.pop(phase).result()
+
+    def _compile(self, batch: Mapping[str, Any]) -> Any:
+        with jax.set_mesh(self._mesh):  # a thread has a mesh of its own
+            return self._update.lower(self._abstract, batch).compile()
+
+
+def batch_like(batch: Batch, phase: Phase) -> dict[str, Any]:
+    """The shapes of `phase`'s batches, given an array of each field in whatever size."""
+
+    def one(name: str, x: Any) -> jax.ShapeDtypeStruct:
+        shape = [phase.batch_size, *x.shape[1:]]
+        if name in ("image", "video"):
+            shape[-3:-1] = phase.image_size, phase.image_size
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+    return {name: one(name, x) for name, x in batch.items()}
 
 
 class StopSignal:

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "types": set(),
     "sharding": set(),
     "losses": {"sharding"},
-    "gradients": set(),
+    "gradients": {"sharding"},
     "models": {"sharding"},
     "stages": {"models", "losses", "gradients"},
     "optim": set(),

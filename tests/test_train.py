@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import smoke
-from pe_jax import train
+from pe_jax import sharding, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 VARYING = {"examples_per_second", "data_wait"}
@@ -173,6 +176,29 @@ def test_a_batch_the_mesh_cannot_cut_is_refused(tmp_path):
     config = changed(batch_size=12)
     with pytest.raises(ValueError, match="batch_size=12, which the 8 ways the mesh cuts a batch do not divide"):
         train.train(config, tmp_path)
+
+
+def test_the_step_of_the_next_phase_is_compiled_in_the_background_for_its_own_shapes():
+    mesh = sharding.make_mesh({"data": 8})
+    with jax.set_mesh(mesh):
+        batch = sharding.global_batch({"image": np.ones((16, 8, 8, 3), np.uint8), "text": np.ones((16, 5))}, mesh)
+    state = train.TrainState(jax.device_put(np.float32(2), sharding.replicated(mesh)), {}, (), ())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    begun = threading.Event()
+
+    def update(state, batch):
+        begun.set()  # while it is traced
+        state = train.TrainState(state.step + batch["text"].sum(), {}, (), ())
+        return state, {"pixels": jnp.asarray(batch["image"].size)}
+
+    ahead = train.CompileAhead(jax.jit(update), abstract, mesh)
+    later = train.Phase(image_size=24, steps=3, batch_size=32)
+    ahead.start([later], batch)
+    assert begun.wait(60)  # nobody has asked for it yet
+    larger = {"image": np.ones((32, 24, 24, 3), np.uint8), "text": np.ones((32, 5))}
+    with jax.set_mesh(mesh):
+        state, metrics = ahead.of(later, batch)(state, sharding.global_batch(larger, mesh))
+    assert state.step == 2 + 32 * 5 and metrics["pixels"] == 32 * 24 * 24 * 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_records_and_is_not_saved(tmp_path):
