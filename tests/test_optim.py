@@ -104,7 +104,7 @@ def test_stacked_lamb_equals_the_textbook_on_each_layer():
 
 
 def test_stacked_lamb_equals_itself_on_unstacked_layers():
-    params, gradients = clip_params(0), [clip_params(seed) for seed in (1, 2, 3)]
+    params, gradients = clip_params(0), [clip_params(seed) for seed in range(1, 21)]
     tx = optim.create(CONFIG, lambda step: 0.05)
 
     def renamed(tree):  # no "blocks" in any name: each layer is a parameter of its own
@@ -121,7 +121,7 @@ def test_stacked_lamb_equals_itself_on_unstacked_layers():
 
     stacked, _ = run(tx, params, gradients)
     apart, _ = run(tx, renamed(params), [renamed(g) for g in gradients])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), renamed(stacked), apart)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), renamed(stacked), apart)
 
 
 def test_adamw_equals_optax_adamw():
