@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pe_jax.engine import metaclip
+from pe_jax.engine import metaclip, metaclip_beam
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -92,10 +92,10 @@ def programs(texts: list[str], entries: list[str], folder: Path) -> Iterator[tup
         "curate in memory": lambda out: metaclip.curate(str(path), entries, options, out)
     }
     with contextlib.suppress(ModuleNotFoundError):
-        metaclip._beam()
+        metaclip.require_beam()
         flags = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
-        runs["Beam, 1 worker"] = lambda out: metaclip.run_beam(str(path), entries, options, out)
-        runs["Beam, 2 processes"] = lambda out: metaclip.run_beam(str(path), entries, options, out, flags)
+        runs["Beam, 1 worker"] = lambda out: metaclip_beam.run(str(path), entries, options, out)
+        runs["Beam, 2 processes"] = lambda out: metaclip_beam.run(str(path), entries, options, out, flags)
     for number, (name, run) in enumerate(runs.items()):
         out = folder / str(number)
         _, seconds = timed(lambda run=run, out=out: run(str(out)))

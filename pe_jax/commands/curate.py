@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     import sys
     import time
 
-    from pe_jax.engine import metaclip
+    from pe_jax.engine import metaclip, metaclip_beam
 
     if args.in_memory and args.rest:
         raise ValueError(f"unknown option {args.rest[0]}; with --in-memory there are no options of Apache Beam.")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.in_memory:
         report = metaclip.curate(args.input, entries, options, args.out)
     else:
-        report = metaclip.run_beam(args.input, entries, options, args.out, args.rest)
+        report = metaclip_beam.run(args.input, entries, options, args.out, args.rest)
     seconds = time.monotonic() - begin
     picture = metaclip.plot(args.out)
     if args.json:

@@ -14,7 +14,7 @@ import pytest
 
 from pe_jax import cli
 from pe_jax.data import sources
-from pe_jax.engine import metaclip
+from pe_jax.engine import metaclip, metaclip_beam
 from pe_jax.engine.metaclip import Curation
 
 ENTRIES = [
@@ -404,7 +404,7 @@ def test_beam_writes_the_same_bytes_whatever_the_workers(tmp_path, flags):
     options = Curation(30, dedup=("pair", "image", "text"), min_characters=2, shards=4, max_bad_records=len(BAD))
     path = str(tmp_path / "in")
     memory = metaclip.curate(path, ENTRIES, options, str(tmp_path / "memory"))
-    assert metaclip.run_beam(path, ENTRIES, options, str(tmp_path / "beam"), flags) == memory
+    assert metaclip_beam.run(path, ENTRIES, options, str(tmp_path / "beam"), flags) == memory
     assert contents(tmp_path / "beam") == contents(tmp_path / "memory")
     assert memory["kept"] > 0 and memory["bad"] == len(BAD)
 
@@ -414,7 +414,7 @@ def test_beam_writes_empty_shards_and_reads_sources(tmp_path):
     sources.write_shard(tmp_path / "in.array_record", [{"image": image_bytes(50, 40), "caption": "a cat"}] * 3)
     path, options = str(tmp_path / "in.array_record"), Curation(2, shards=5)
     memory = metaclip.curate(path, ENTRIES, options, str(tmp_path / "memory"))
-    assert metaclip.run_beam(path, ENTRIES, options, str(tmp_path / "beam")) == memory
+    assert metaclip_beam.run(path, ENTRIES, options, str(tmp_path / "beam")) == memory
     assert contents(tmp_path / "beam") == contents(tmp_path / "memory")
     assert len(list((tmp_path / "beam").glob("data-*-of-00005.jsonl"))) == 5
 
@@ -423,7 +423,7 @@ def test_beam_writes_nothing_with_too_many_bad_records(tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra `curation`")
     (tmp_path / "in.jsonl").write_bytes(b"\n".join([*BAD, b'{"caption": "a cat"}']))
     with pytest.raises(ValueError, match="more than max_bad_records=0"):
-        metaclip.run_beam(str(tmp_path / "in.jsonl"), ENTRIES, Curation(9), str(tmp_path / "out"))
+        metaclip_beam.run(str(tmp_path / "in.jsonl"), ENTRIES, Curation(9), str(tmp_path / "out"))
     assert not list((tmp_path / "out").glob("data-*"))
 
 
@@ -438,10 +438,10 @@ def test_options_of_beam_are_checked_before_it_starts(tmp_path, flags, message):
     pytest.importorskip("apache_beam", reason="needs the extra `curation`")
     path = write_jsonl(tmp_path / "in.jsonl", [{"caption": "a cat"}])
     with pytest.raises(ValueError, match=message):
-        metaclip.run_beam(path, ENTRIES, Curation(9), str(tmp_path / "out"), flags)
+        metaclip_beam.run(path, ENTRIES, Curation(9), str(tmp_path / "out"), flags)
 
 
 def test_without_beam_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'pe-jax\[curation\]'"):
-        metaclip.run_beam(str(tmp_path / "in.jsonl"), ENTRIES, Curation(9), str(tmp_path / "out"))
+        metaclip_beam.run(str(tmp_path / "in.jsonl"), ENTRIES, Curation(9), str(tmp_path / "out"))
