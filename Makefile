@@ -85,6 +85,8 @@ docs: .venv/ready
 
 bench: .venv-parity/ready
 	$(PARITY)/python -m benchmarks.forward $(ARGS)
+	$(PARITY)/python -m benchmarks.train_step $(ARGS)
+	$(PARITY)/python -m benchmarks.loader $(ARGS)
 
 clean:
 	rm -rf .venv .venv-parity .venv-curation demo runs build *.egg-info

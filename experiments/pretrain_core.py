@@ -74,6 +74,7 @@ def final(size: str) -> ConfigDict:
             },
             "evals": {},
             "checkpoint": {"every_steps": 1000, "keep": 3},
+            "max_loss_rise": 4.0,  # of about 12 at chance: by then the model is lost
             "log_every_steps": 50,
         }
     )

@@ -12,7 +12,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -33,13 +33,21 @@ class CheckpointError(ValueError):
 
 
 class Checkpointer:
-    """The train states of one run: saved in the background, the newest `keep` of them kept.
+    """The train states of one run: saved in the background, the newest `keep` of them kept, and the best one.
 
     Used by every process of a run, each call on all of them; close it (or use it in a `with`) to finish the last save.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, every_steps: int = 1000, keep: int = 2):
+    def __init__(
+        self, directory: str | os.PathLike[str], *, every_steps: int = 1000, keep: int = 2, best: str | None = None
+    ):
         """Opens `directory`, made where missing; leftovers of killed saves are deleted.
+
+        Args:
+          directory: of the steps.
+          every_steps: when a save is due.
+          keep: how many of the newest stay.
+          best: the name of a figure; the step saved with the highest one stays too.
 
         Raises:
           ValueError: if `every_steps` or `keep` is below 1.
@@ -49,10 +57,14 @@ class Checkpointer:
                 raise ValueError(f"checkpoint.{name}={value} must be at least 1.")
         self.directory = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
         self.every_steps = every_steps
-        newest: Any = ocp.training.preservation_policies.LatestN(keep)
+        policies: Any = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)]
+        if best is not None:
+            kept.append(policies.BestN(n=1, get_metric_fn=lambda m: m[best], keep_checkpoints_without_metrics=False))
+        self._best = best
         self._orbax = ocp.training.Checkpointer(
             self.directory,
-            preservation_policy=newest,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
 
@@ -62,19 +74,56 @@ class Checkpointer:
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step kept for its figure, and the figure; None before one is saved."""
+        if self._best is None:
+            return None
+        saved: list[tuple[float, int]] = [
+            (cast(dict, each.metrics)[self._best], each.step) for each in self._orbax.checkpoints if each.metrics
+        ]
+        if not saved:
+            return None
+        figure, step = max(saved)
+        return step, figure
+
+    def improves(self, figures: Mapping[str, float]) -> bool:
+        """Whether the figure that `best` names is among `figures` and above all saved ones, so that a save is due.
+
+        Raises:
+          ValueError: if its evaluator is among them, and has no such figure.
+        """
+        if self._best is None:
+            return False
+        evaluator = self._best.partition("/")[0] + "/"
+        if self._best not in figures:
+            if others := sorted(name for name in figures if name.startswith(evaluator)):
+                raise ValueError(f"checkpoint.best={self._best!r} is no figure; that evaluator gives {others}.")
+            return False
+        return self.best is None or figures[self._best] > self.best[1]
+
     def due(self, step: int) -> bool:
         return step % self.every_steps == 0
 
-    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, metadata: Mapping[str, Any], figures: Mapping[str, float] | None = None
+    ) -> None:
         """Saves `state` (any tree of arrays, typed keys too) and JSON `metadata` as `step`, in the background.
+
+        `figures` are what the evaluators gave at this step, from which the best step is known.
 
         The arrays are copied before this returns, so they may be donated at once. A failure is raised by the next
         call. A step that is there already is left alone.
         """
         if self.latest == step:
             return
+        scored = {name: float(value) for name, value in (figures or {}).items() if name == self._best}
         self._orbax.save_checkpointables_async(
-            step, {_NAME: state}, force=True, custom_metadata={"format": FORMAT, **metadata}
+            step,
+            {_NAME: state},
+            force=True,
+            metrics=cast(Any, scored) or None,
+            custom_metadata={"format": FORMAT, **metadata},
         )
 
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:

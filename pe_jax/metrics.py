@@ -38,17 +38,18 @@ PEAK_FLOPS = {
 }
 
 
-def writer(workdir: str | os.PathLike[str], resumed_step: int | None = None) -> MetricWriter:
+def writer(workdir: str | os.PathLike[str], resumed_step: int | None = None, *, evaluated: bool = True) -> MetricWriter:
     """The writers of a run: CSV always, TensorBoard where tensorboardX is installed; nothing but on process 0.
 
     Args:
       workdir: where `losses.csv`, `evals.csv` and `tensorboard/` go.
       resumed_step: rows after this step are dropped: the run, restored from there, writes them again. None starts new.
+      evaluated: whether this step's own evaluations are done, so that their rows stay.
     """
     if jax.process_index() != 0:
         return MultiWriter([])
     os.makedirs(workdir, exist_ok=True)
-    writers: list[MetricWriter] = [CsvWriter(workdir, resumed_step)]
+    writers: list[MetricWriter] = [CsvWriter(workdir, resumed_step, evaluated=evaluated)]
     if importlib.util.find_spec("tensorboardX"):
         writers.append(TensorBoardWriter(os.path.join(workdir, "tensorboard"), resumed_step))
     return MultiWriter(writers)
@@ -85,9 +86,10 @@ class CsvWriter(_ScalarsOnly):
     The columns of `losses.csv` are the names of the first write.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resumed_step: int | None = None):
+    def __init__(self, workdir: str | os.PathLike[str], resumed_step: int | None = None, *, evaluated: bool = True):
         self._losses, self._columns = _open_rows(os.path.join(workdir, "losses.csv"), resumed_step)
-        self._evals, columns = _open_rows(os.path.join(workdir, "evals.csv"), resumed_step)
+        kept = resumed_step if evaluated or resumed_step is None else resumed_step - 1
+        self._evals, columns = _open_rows(os.path.join(workdir, "evals.csv"), kept)
         if not columns:
             csv.writer(self._evals).writerow(["step", "name", "value"])
 
@@ -216,14 +218,17 @@ class Progress:
             self._live.start()
             self._task = self._live.add_task("compiling", total=steps, completed=start)
 
-    def update(self, step: int, loss: float, examples_per_second: float, notes: Iterable[str] = ()) -> None:
-        """Shows a step just done."""
+    def update(self, step: int, loss: float, speed: Mapping[str, float], notes: Iterable[str] = ()) -> None:
+        """Shows a step just done; `speed` has `examples_per_second`, and where known what the loader could give."""
         now = time.perf_counter()
         if self._began is None:
             self._began = (step, now)  # the first step compiles: its time says nothing of the rest
         done, seconds = step - self._began[0], now - self._began[1]
         eta = _duration((self._steps - step) * seconds / done) if done else "?"
-        parts = [f"loss {loss:.4f}", f"{examples_per_second:,.0f} examples/s", f"ETA {eta}", *notes]
+        rate = f"{speed['examples_per_second']:,.0f} examples/s"
+        if "loader_examples_per_second" in speed:
+            rate += f" (loader {speed['loader_examples_per_second']:,.0f})"
+        parts = [f"loss {loss:.4f}", rate, f"ETA {eta}", *notes]
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=step, description="  ".join(parts))
         elif now - self._last >= self._seconds or step == self._steps:

@@ -5,7 +5,8 @@
 A stage says what one update minimises (`pe_jax.stages`); the loop never asks which it runs. The same command given
 again goes on from the newest checkpoint: the place in the data is one integer, the number of examples consumed, and
 the randomness of a step is folded from its number, so a resumed run repeats the batches and losses it would have had,
-on any mesh and any number of processes. SIGTERM saves and ends with exit code 75 ("try again").
+on any mesh and any number of processes. SIGTERM saves and ends with exit code 75 ("try again"), at once even where a
+step is being compiled or an evaluation runs; the evaluation then comes first when the run goes on.
 
 In WORKDIR: config.json, losses.csv, evals.csv, tensorboard/, checkpoints/.
 """
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -39,7 +40,7 @@ from pe_jax.types import Batch, Metrics, Params, split
 
 PREEMPTED = 75  # exit code after SIGTERM: EX_TEMPFAIL, the state is saved and the same command goes on
 # What may change between a run and its resumption without changing what it computes.
-HARMLESS = ("evals", "log_every_steps", "checkpoint", "mesh", "data.threads")
+HARMLESS = ("evals", "log_every_steps", "checkpoint", "mesh", "data.threads", "max_loss_rise")
 
 
 @jax.tree_util.register_dataclass
@@ -55,11 +56,12 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of the run at one resolution."""
+    """A stretch of the run at one resolution, with its own batch size and its own way to compute the step."""
 
     image_size: int
     steps: int
     batch_size: int
+    stage: stages.Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Run:
     evals: dict[str, dict[str, Any]]
     save_every: int
     keep: int
+    best: str | None
+    max_loss_rise: float
     log_every: int
 
     @property
@@ -103,7 +107,7 @@ def parse(config: Mapping[str, Any]) -> Run:
     """
     known = {
         "seed": 0, "stage": None, "batch_size": None, "phases": None, "optimizer": {}, "mesh": {"data": -1},
-        "data": None, "evals": {}, "checkpoint": {}, "log_every_steps": 10,
+        "data": None, "evals": {}, "checkpoint": {}, "log_every_steps": 10, "max_loss_rise": None,
     }  # fmt: skip
     _strict(config, known, "config")
     for name in ("stage", "batch_size", "phases", "data"):
@@ -114,7 +118,7 @@ def parse(config: Mapping[str, Any]) -> Run:
     vision = stage.arch.vision if isinstance(stage.arch, CLIPConfig) else stage.arch
     phases = []
     for i, phase in enumerate(config["phases"]):
-        _strict(phase, ("image_size", "examples", "batch_size"), f"phases[{i}]")
+        _strict(phase, ("image_size", "examples", "batch_size", "stage"), f"phases[{i}]")
         size, batch_size = phase["image_size"], phase.get("batch_size", config["batch_size"])
         if size % vision.patch_size:
             raise ValueError(f"phases[{i}].image_size={size} is not a multiple of the patch size {vision.patch_size}.")
@@ -122,11 +126,20 @@ def parse(config: Mapping[str, Any]) -> Run:
             raise ValueError(
                 f"phases[{i}] has {phase['examples']} examples, less than one batch of {batch_size}; raise examples."
             )
-        phases.append(Phase(size, phase["examples"] // batch_size, batch_size))
+        own = _stage_of_phase(config["stage"], phase["stage"], stage, f"phases[{i}]") if "stage" in phase else stage
+        phases.append(Phase(size, phase["examples"] // batch_size, batch_size, own))
     if not phases:
         raise ValueError("phases is empty; give at least one of {'image_size': pixels, 'examples': how many}.")
     _strict(config["optimizer"], [field.name for field in dataclasses.fields(optim.Config)], "optimizer")
-    _strict(config["checkpoint"], ("every_steps", "keep"), "checkpoint")
+    _strict(config["checkpoint"], ("every_steps", "keep", "best"), "checkpoint")
+    best = config["checkpoint"].get("best")
+    if best is not None and (best.partition("/")[0] not in config["evals"] or "/" not in best):
+        raise ValueError(
+            f"checkpoint.best={best!r} must name a figure of an evaluator, EVALUATOR/FIGURE; the evaluators are "
+            f"{', '.join(config['evals']) or 'none'}."
+        )
+    if config["max_loss_rise"] is not None and not config["max_loss_rise"] > 0:
+        raise ValueError(f"max_loss_rise={config['max_loss_rise']} must be positive, or None to allow any.")
     optimizer = optim.Config(**config["optimizer"])
     optim.learning_rate(optimizer, [(phase.steps, phase.batch_size) for phase in phases])
     for name, evaluator in config["evals"].items():
@@ -144,8 +157,37 @@ def parse(config: Mapping[str, Any]) -> Run:
         evals=config["evals"],
         save_every=config["checkpoint"].get("every_steps", 1000),
         keep=config["checkpoint"].get("keep", 2),
+        best=best,
+        max_loss_rise=float("inf") if config["max_loss_rise"] is None else config["max_loss_rise"],
         log_every=config["log_every_steps"],
     )
+
+
+def _stage_of_phase(config: Any, changes: Mapping[str, Any], whole: stages.Stage, where: str) -> stages.Stage:
+    """The stage with a phase's changes, which may say how the step is computed, not what the model is."""
+    stage = stages.create(_merged(config, changes))
+    before, after = _parameters(whole), _parameters(stage)
+    if differing := sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path)):
+        raise ValueError(
+            f"{where}.stage changes parameters ({', '.join(differing[:3])}), which go on from phase to phase; it may "
+            "change how they are computed with, such as remat or microbatches."
+        )
+    return stage
+
+
+def _parameters(stage: stages.Stage) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Shape of each parameter by its path, and whether it is trained."""
+    _, params = split(nnx.eval_shape(lambda: stage.build(nnx.Rngs(0))))
+    paths = (("/".join(optim.path_of(keys)), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(params))
+    return {path: (leaf.shape, stage.trainable(path)) for path, leaf in paths}
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not isinstance(changes, Mapping):
+        return changes
+    if isinstance(base, str):
+        base = {"base": base}  # a released architecture by its name
+    return {**(base or {}), **{key: _merged((base or {}).get(key), value) for key, value in changes.items()}}
 
 
 def _strict(given: Mapping[str, Any], known: Any, where: str) -> None:
@@ -212,146 +254,209 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> int:
 
     Raises:
       ValueError: if the config or the data are wrong, or differ from those the workdir was begun with.
-      FloatingPointError: if the loss is not finite; the record numbers of the batches are in nonfinite.json.
+      FloatingPointError: if the loss is not finite, or has risen by more than the config's `max_loss_rise` over its
+        lowest; the record numbers of the batches are in stopped-PROCESS.json.
     """
     run = parse(config)
-    with checkpoint.only_writer(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        return _train(run, config, pathlib.Path(workdir))
+    with (
+        StopSignal() as stop,
+        checkpoint.only_writer(workdir) if jax.process_index() == 0 else contextlib.nullcontext(),
+        checkpoint.Checkpointer(
+            pathlib.Path(workdir) / checkpoint.STEPS, every_steps=run.save_every, keep=run.keep, best=run.best
+        ) as saver,
+    ):
+        return _Loop(run, config, pathlib.Path(workdir), saver, stop).run_to_end()
 
 
-def _train(run: Run, config: Mapping[str, Any], workdir: pathlib.Path) -> int:
-    from pe_jax import evals  # here, so that the step can be built where Grain and Pillow are not installed
-    from pe_jax.data import pipeline
-    from pe_jax.data.image import Preprocess
+class _Loop:
+    """One process of a run in progress."""
 
-    evaluators = {name: evals.create(evaluator) for name, evaluator in run.evals.items()}
-    mesh = sharding.make_mesh(run.mesh)
-    for i, phase in enumerate(run.phases):
-        if phase.batch_size % sharding.batch_ways(mesh):
-            raise ValueError(
-                f"phases[{i}] has batch_size={phase.batch_size}, which the {sharding.batch_ways(mesh)} ways the mesh "
-                "cuts a batch do not divide; change batch_size or mesh."
-            )
-    tx, rate = optimizer_of(run)
-    abstract = abstract_state(run.stage, tx, mesh)
-    graphdef, _ = split(nnx.eval_shape(lambda: run.stage.build(nnx.Rngs(0))))
-    plain = json.loads(json.dumps(dict(config)))
-    record = {
-        "architecture": zoo.to_dict(run.stage.arch),
-        "preprocess": Preprocess(run.image_size).to_dict(),
-        "config": plain,
-    }
-    ahead, stop = CompileAhead(make_train_step(run.stage, tx, abstract), abstract, mesh), StopSignal()
-    begun, last = time.perf_counter(), 0
-    with checkpoint.Checkpointer(workdir / checkpoint.STEPS, every_steps=run.save_every, keep=run.keep) as saver:
+    def __init__(
+        self,
+        run: Run,
+        config: Mapping[str, Any],
+        workdir: pathlib.Path,
+        saver: checkpoint.Checkpointer,
+        stop: "StopSignal",
+    ):
+        from pe_jax import evals  # here, so that the step can be built where Grain and Pillow are not installed
+        from pe_jax.data.image import Preprocess
+
+        self.run, self.workdir, self.saver, self.stop = run, workdir, saver, stop
+        self.evaluators = {name: evals.create(evaluator) for name, evaluator in run.evals.items()}
+        self.mesh = sharding.make_mesh(run.mesh)
+        for i, phase in enumerate(run.phases):
+            if phase.batch_size % sharding.batch_ways(self.mesh):
+                raise ValueError(
+                    f"phases[{i}] has batch_size={phase.batch_size}, which the {sharding.batch_ways(self.mesh)} ways "
+                    "the mesh cuts a batch do not divide; change batch_size or mesh."
+                )
+        tx, self.rate = optimizer_of(run)
+        abstract = abstract_state(run.stage, tx, self.mesh)
+        self.graphdef, _ = split(nnx.eval_shape(lambda: run.stage.build(nnx.Rngs(0))))
+        self.ahead = CompileAhead(lambda phase: make_train_step(phase.stage, tx, abstract), abstract, self.mesh)
+        plain = json.loads(json.dumps(dict(config)))
         resumed = saver.latest
         _hold_to_config(workdir / "config.json", plain, resumed is not None)
-        with jax.set_mesh(mesh):
+        self.record: dict[str, Any] = {
+            "architecture": zoo.to_dict(run.stage.arch),
+            "preprocess": Preprocess(run.image_size).to_dict(),
+            "config": plain,
+            "evaluated": True,  # whether the evaluations due at this step are done
+        }
+        with jax.set_mesh(self.mesh):
             if resumed is None:
                 init = jax.jit(lambda: _fresh(run.stage, tx, run.seed), out_shardings=_shardings(abstract))
-                state = init()
+                self.state = init()
             else:
-                state, _ = saver.restore(abstract)
-        step = int(state.step)
-        writer, progress = metrics.writer(workdir, resumed), metrics.Progress(run.steps, start=step)
-        progress.note(
-            f"{workdir}: {zoo.count(state.params):,} parameters, {run.steps:,} steps, "
-            f"{run.examples(run.steps):,} examples, mesh {dict(mesh.shape)}"
-            + ("" if resumed is None else f"; going on from step {step}")
+                self.state, found = saver.restore(abstract)
+                self.record |= {name: found[name] for name in ("evaluated", "lowest_loss") if name in found}
+        self.step = int(self.state.step)
+        self.recent: list[tuple[int, np.ndarray]] = []  # the record numbers of the steps since the last logged one
+        self.scalars: Metrics = {}
+        self.speed = metrics.Speed(metrics.peak_flops())
+        self.writer = metrics.writer(workdir, resumed, evaluated=self.record["evaluated"])
+        self.progress = metrics.Progress(run.steps, start=self.step)
+        self.progress.note(
+            f"{workdir}: {zoo.count(self.state.params):,} parameters, {run.steps:,} steps, "
+            f"{run.examples(run.steps):,} examples, mesh {dict(self.mesh.shape)}"
+            + ("" if resumed is None else f"; going on from step {self.step}")
         )
+
+    def run_to_end(self) -> int:
+        begun = time.perf_counter()
         try:
-            for number, phase in enumerate(run.phases):
-                last += phase.steps
-                if step >= last:
-                    continue
-                # a backward pass costs two forward ones; recomputation is not the model's
-                flops = 3 * zoo.forward_flops(run.stage.arch, phase.image_size) * phase.batch_size
-                speed, recent = metrics.Speed(metrics.peak_flops()), []
-                loader = pipeline.create(
-                    run.data,
-                    batch_size=phase.batch_size,
-                    image_size=phase.image_size,
-                    context_length=run.stage.arch.text.context_length,
-                    seed=run.seed,
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
-                    start=run.examples(step),
-                )
-                with loader:
-                    compiled = None
-                    while step < last:
-                        asked = time.perf_counter()
-                        local = next(loader)
-                        waited = time.perf_counter() - asked
-                        recent.append((step + 1, local.pop("index")))
-                        batch = sharding.global_batch(local, mesh)
-                        if compiled is None:
-                            compiled = ahead.of(phase, batch)
-                            ahead.start(run.phases[number + 1 : number + 2], batch)
-                            speed.reset()  # compilation is not the step's time
-                        with jax.set_mesh(mesh):
-                            state, scalars = compiled(state, batch)
-                        step += 1
-                        speed.count(phase.batch_size, flops, waited)
-                        if step % run.log_every == 0 or step == run.steps:
-                            row = dict(jax.device_get(scalars))
-                            _check_finite(step, row, recent, workdir)
-                            bad = sum(loader.bad.values())
-                            row |= {
-                                "learning_rate": np.asarray(rate(step - 1)),
-                                "examples": run.examples(step),
-                                "image_size": phase.image_size,
-                                "batch": zlib.crc32(recent[-1][1].tobytes()),  # whether two runs saw the same records
-                                "bad_records": bad,
-                            }
-                            figures = speed.read()
-                            writer.write_scalars(step, row | figures)
-                            notes = [f"{bad} bad records"] if bad else []
-                            progress.update(step, float(row["loss"]), figures["examples_per_second"], notes)
-                            recent.clear()
-                        due = [
-                            name
-                            for name in evaluators
-                            if step == run.steps or step % run.evals[name].get("every_steps", run.steps) == 0
-                        ]
-                        for name in due:
-                            figures = evaluators[name](nnx.merge(graphdef, state.params))
-                            writer.write_scalars(step, {f"{name}/{key}": value for key, value in figures.items()})
-                            progress.note(f"step {step}  {name}: {_line(figures)}")
-                        stopping = stop.agreed(step)
-                        if saver.due(step) or step == run.steps or stopping:
-                            _check_finite(
-                                step, jax.device_get(scalars), recent, workdir
-                            )  # never save a state that is lost
-                            saver.save(step, state, record | {"step": step, "examples": run.examples(step)})
-                        if stopping and step < run.steps:
-                            saver.wait()
-                            progress.note(f"SIGTERM: step {step} is saved; the same command goes on from there")
-                            return PREEMPTED
-                        if due or saver.due(step):
-                            speed.reset()  # nor is evaluating and saving
+            if not self.record["evaluated"]:
+                self._evaluate()
+            for number in range(len(self.run.phases)):
+                self._train_phase(number)
+        except Preempted:
+            self._save()
+            self.saver.wait()
+            self.progress.note(f"SIGTERM: step {self.step} is saved; the same command goes on from there")
+            return PREEMPTED
         finally:
-            writer.close()
-            progress.close()
-    print(f"done: {run.steps:,} steps in {time.perf_counter() - begun:.0f} s; checkpoints in {saver.directory}")
-    return 0
+            self.ahead.close()
+            self.writer.close()
+            self.progress.close()
+        self.saver.wait()
+        print(
+            f"done: {self.run.steps:,} steps in {time.perf_counter() - begun:.0f} s; "
+            f"checkpoints in {self.saver.directory}"
+        )
+        if self.saver.best is not None:
+            best, figure = self.saver.best
+            print(f"best: {self.run.best} {figure:.4g} at step {best}, {self.saver.directory / str(best)}")
+        return 0
+
+    def _train_phase(self, number: int) -> None:
+        from pe_jax.data import pipeline
+
+        run, phase = self.run, self.run.phases[number]
+        last = sum(each.steps for each in run.phases[: number + 1])
+        if self.step >= last:
+            return
+        # a backward pass costs two forward ones; recomputation is not the model's
+        flops = 3 * zoo.forward_flops(run.stage.arch, phase.image_size) * phase.batch_size
+        with pipeline.create(
+            run.data,
+            batch_size=phase.batch_size,
+            image_size=phase.image_size,
+            context_length=run.stage.arch.text.context_length,
+            seed=run.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start=run.examples(self.step),
+        ) as loader:
+            update = None
+            while self.step < last:
+                asked = time.perf_counter()
+                local = next(loader)
+                waited = time.perf_counter() - asked
+                records = local.pop("index")
+                batch = sharding.global_batch(local, self.mesh)
+                if update is None:
+                    with self.stop.at_once():
+                        update = self.ahead.of(phase, batch)
+                    self.ahead.start(run.phases[number + 1 : number + 2], batch)
+                    self.speed.reset()  # compilation is not the step's time
+                with jax.set_mesh(self.mesh):
+                    self.state, self.scalars = update(self.state, batch)
+                self.step += 1
+                self.recent.append((self.step, records))
+                self.speed.count(phase.batch_size, flops, waited)
+                if self.step % run.log_every == 0 or self.step == run.steps:
+                    self._log(phase, loader)
+                self._after_step()
+
+    def _log(self, phase: Phase, loader: Any) -> None:
+        row = dict(jax.device_get(self.scalars))
+        self._check_loss(row)
+        bad, figures = sum(loader.bad.values()), self.speed.read()
+        figures["loader_examples_per_second"] = loader.examples_per_second * jax.process_count()
+        row |= {
+            "learning_rate": np.asarray(self.rate(self.step - 1)),
+            "examples": self.run.examples(self.step),
+            "image_size": phase.image_size,
+            "batch": zlib.crc32(self.recent[-1][1].tobytes()),  # whether two runs saw the same records
+            "bad_records": bad,
+        }
+        self.writer.write_scalars(self.step, row | figures)
+        notes = [f"{bad} bad records"] if bad else []
+        self.progress.update(self.step, float(row["loss"]), figures, notes)
+        self.recent.clear()
+
+    def _after_step(self) -> None:
+        due = self._due()
+        figures = self._evaluate() if due else {}
+        stopping = self.stop.agreed(self.step)
+        better = self.saver.improves(figures)
+        if self.saver.due(self.step) or self.step == self.run.steps or better:
+            self._save(figures)
+        if stopping and self.step < self.run.steps:
+            raise Preempted
+        if due or self.saver.due(self.step):
+            self.speed.reset()  # nor is evaluating and saving
+
+    def _due(self) -> list[str]:
+        every = {name: self.run.evals[name].get("every_steps", self.run.steps) for name in self.evaluators}
+        return [name for name in every if self.step and (self.step == self.run.steps or self.step % every[name] == 0)]
+
+    def _evaluate(self) -> dict[str, float]:
+        """Runs the evaluators due at this step; their figures as EVALUATOR/FIGURE."""
+        self.record["evaluated"] = False  # as it stays where SIGTERM comes before the end
+        found: dict[str, float] = {}
+        with self.stop.at_once():
+            for name in self._due():
+                figures = self.evaluators[name](nnx.merge(self.graphdef, self.state.params))
+                found |= {f"{name}/{key}": value for key, value in figures.items()}
+                self.progress.note(f"step {self.step}  {name}: {_line(figures)}")
+        self.writer.write_scalars(self.step, found)  # all or none, so that no figure is written twice
+        self.record["evaluated"] = True
+        return found
+
+    def _save(self, figures: Mapping[str, float] | None = None) -> None:
+        if self.scalars:
+            self._check_loss(jax.device_get(self.scalars))  # never save a state that is lost
+        record = self.record | {"step": self.step, "examples": self.run.examples(self.step)}
+        self.saver.save(self.step, self.state, record, figures)
+
+    def _check_loss(self, row: Mapping[str, Any]) -> None:
+        loss, lowest = float(row["loss"]), self.record.get("lowest_loss", np.inf)
+        if np.isfinite(loss) and np.isfinite(row["grad_norm"]) and loss <= lowest + self.run.max_loss_rise:
+            self.record["lowest_loss"] = min(loss, lowest)
+            return
+        path = self.workdir / f"stopped-{jax.process_index()}.json"
+        path.write_text(json.dumps({str(step): index.tolist() for step, index in self.recent}))
+        risen = f", up from {lowest:.4g}, more than max_loss_rise={self.run.max_loss_rise}" if np.isfinite(loss) else ""
+        raise FloatingPointError(
+            f"loss={loss}{risen}, grad_norm={row['grad_norm']} by step {self.step}; the record numbers of the batches "
+            f"since the last logged step are in {path}. Lower the learning rate, or look at those records."
+        )
 
 
 def _line(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-
-
-def _check_finite(
-    step: int, row: Mapping[str, Any], recent: Sequence[tuple[int, np.ndarray]], workdir: pathlib.Path
-) -> None:
-    if np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"]):
-        return
-    path = workdir / f"nonfinite-{jax.process_index()}.json"
-    path.write_text(json.dumps({str(step): index.tolist() for step, index in recent}))
-    raise FloatingPointError(
-        f"loss={row['loss']} and grad_norm={row['grad_norm']} by step {step}; the record numbers of the "
-        f"batches since the last finite loss are in {path}. Lower the learning rate, or look at those records."
-    )
 
 
 def _hold_to_config(path: pathlib.Path, config: Mapping[str, Any], resuming: bool) -> None:
@@ -386,8 +491,9 @@ def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
 class CompileAhead:
     """The update compiled for each phase's shapes: the next phase's in the background, while this one trains."""
 
-    def __init__(self, update: Any, abstract: TrainState, mesh: jax.sharding.Mesh):
-        self._update, self._abstract, self._mesh = update, abstract, mesh
+    def __init__(self, update_of: Callable[[Phase], Any], abstract: TrainState, mesh: jax.sharding.Mesh):
+        """`update_of` gives the jitted update of a phase, `abstract` the state it takes."""
+        self._update_of, self._abstract, self._mesh = update_of, abstract, mesh
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._found: dict[Phase, concurrent.futures.Future[Any]] = {}
 
@@ -395,16 +501,20 @@ class CompileAhead:
         """Begins to compile for each of `phases`, whose batches are like `batch` but for their size and pixels."""
         for phase in phases:
             if phase not in self._found:
-                self._found[phase] = self._pool.submit(self._compile, batch_like(batch, phase))
+                self._found[phase] = self._pool.submit(self._compile, phase, batch_like(batch, phase))
 
     def of(self, phase: Phase, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The update compiled for `phase`, when it is ready."""
         self.start([phase], batch)
         return self._found.pop(phase).result()
 
-    def _compile(self, batch: Mapping[str, Any]) -> Any:
+    def close(self) -> None:
+        """Begins no more; what is being compiled cannot be stopped, and is not waited for here."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, phase: Phase, batch: Mapping[str, Any]) -> Any:
         with jax.set_mesh(self._mesh):  # a thread has a mesh of its own
-            return self._update.lower(self._abstract, batch).compile()
+            return self._update_of(phase).lower(self._abstract, batch).compile()
 
 
 def batch_like(batch: Batch, phase: Phase) -> dict[str, Any]:
@@ -419,22 +529,51 @@ def batch_like(batch: Batch, phase: Phase) -> dict[str, Any]:
     return {name: one(name, x) for name, x in batch.items()}
 
 
+class Preempted(Exception):
+    """SIGTERM has come, and the run shall stop where it is."""
+
+
 class StopSignal:
-    """Whether SIGTERM has come, agreed on by all processes. Its handler is set for the life of the process."""
+    """Whether SIGTERM has come, agreed on by all processes. In a `with`, which puts the former handler back."""
 
     def __init__(self) -> None:
-        self._here = False
+        self._here = self._now = False
         # jax.distributed has a handler of its own, by which processes agree on a step.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)
+        self._ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "StopSignal":
+        if self._ours:
+            self._former = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGTERM, self._former)
 
     def _note(self, *_: object) -> None:
         self._here = True
+        if self._now:
+            raise Preempted
 
     def agreed(self, step: int) -> bool:
+        """Whether to stop after this step; every process asks at every step."""
         if jax.process_count() == 1:
             return self._here
         return multihost_utils.reached_preemption_sync_point(step)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is inside is left by `Preempted` as soon as the signal comes: long work that changes no state.
+
+        Several processes could not agree on the moment, so there it is done first.
+        """
+        self._now = True
+        try:
+            if self._here:
+                raise Preempted
+            yield
+        finally:
+            self._now = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -469,12 +608,18 @@ def main(argv: Sequence[str]) -> int:
     if pod.value or coordinator.value:  # before anything asks for devices
         jax.distributed.initialize(coordinator.value, processes.value, process.value)
     try:
-        return train(config.value.to_dict(), workdir.value)
+        code = train(config.value.to_dict(), workdir.value)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("PE_JAX_TRACEBACK"):
             raise
         print(f"pe_jax.train: {error}", file=sys.stderr)
         return 2
+    if code == PREEMPTED and jax.process_count() == 1:
+        # All is saved and closed, but the interpreter would wait for a step still compiling in its thread.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

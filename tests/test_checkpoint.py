@@ -62,6 +62,23 @@ def saved(directory, *steps):
     return directory
 
 
+def test_the_step_with_the_highest_figure_stays_beside_the_newest(tmp_path):
+    scores = {1: 0.1, 2: 0.5, 3: 0.3, 4: None, 5: 0.2}
+    with Checkpointer(tmp_path, keep=1, best="eval/top1") as checkpointer:
+        assert checkpointer.best is None
+        for step, score in scores.items():
+            figures = {} if score is None else {"eval/top1": score, "eval/other": 1 - score}
+            assert checkpointer.improves(figures) == (step in (1, 2))
+            checkpointer.save(step, state(), METADATA, figures)
+            checkpointer.wait()
+        assert checkpointer.best == (2, 0.5)
+    assert checkpoint.complete_steps(tmp_path) == [2, 5]
+    with Checkpointer(tmp_path, keep=1, best="eval/top1") as checkpointer:
+        assert checkpointer.best == (2, 0.5) and checkpointer.latest == 5
+        with pytest.raises(ValueError, match=r"best='eval/top1' is no figure; that evaluator gives \['eval/top5'\]"):
+            checkpointer.improves({"eval/top5": 0.9})
+
+
 def test_a_state_with_typed_key_and_optimizer_comes_back_bit_for_bit(tmp_path):
     saved(tmp_path, 5)
     with Checkpointer(tmp_path) as checkpointer:

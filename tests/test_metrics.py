@@ -82,13 +82,14 @@ def test_the_progress_line_is_plain_where_there_is_no_terminal(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     file = io.StringIO()
     progress = metrics.Progress(500, seconds=15.0, file=file)
-    progress.update(10, 2.5, 1000.0)
-    progress.update(20, 2.25, 1234.5)  # too soon for another line
-    progress.update(30, 2.0, 1234.5, ["MFU 40%"])
+    speed = {"examples_per_second": 1234.5, "loader_examples_per_second": 9876.5}
+    progress.update(10, 2.5, {"examples_per_second": 1000.0})
+    progress.update(20, 2.25, speed)  # too soon for another line
+    progress.update(30, 2.0, speed, ["MFU 40%"])
     progress.close()
     assert file.getvalue().splitlines() == [
         "step 10/500  loss 2.5000  1,000 examples/s  ETA ?",
-        "step 30/500  loss 2.0000  1,234 examples/s  ETA 7:50  MFU 40%",
+        "step 30/500  loss 2.0000  1,234 examples/s (loader 9,876)  ETA 7:50  MFU 40%",
     ]
 
 
@@ -99,8 +100,8 @@ def test_the_progress_line_is_redrawn_on_a_terminal():
 
     file = Terminal()
     progress = metrics.Progress(50, file=file)
-    progress.update(10, 2.5, 1000.0)
-    progress.update(50, 1.5, 1000.0)
+    progress.update(10, 2.5, {"examples_per_second": 1000.0})
+    progress.update(50, 1.5, {"examples_per_second": 1000.0})
     progress.note("[digits] top1 0.9")
     progress.close()
     assert "loss 1.5000" in file.getvalue() and "step 50/50" in file.getvalue() and "[digits]" in file.getvalue()

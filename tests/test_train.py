@@ -21,17 +21,18 @@ from experiments import smoke
 from pe_jax import sharding, train
 
 ROOT = pathlib.Path(__file__).parents[1]
-VARYING = {"examples_per_second", "data_wait"}
+VARYING = {"examples_per_second", "data_wait", "loader_examples_per_second"}
 
 
-def command(workdir, *flags):
-    return [sys.executable, "-m", "pe_jax.train", "--config=experiments/smoke.py", f"--workdir={workdir}", *flags]
+def command(workdir, *flags, config="experiments/smoke.py"):
+    return [sys.executable, "-m", "pe_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
 
 
 CACHE = tempfile.TemporaryDirectory()  # the runs below compile the same steps
 
 
 def environment(devices):
+    """Of a run with so many devices, which keeps what it compiles for the next one."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -42,10 +43,12 @@ def environment(devices):
     }
 
 
-def start(workdir, *flags, devices=1):
-    pipe = subprocess.PIPE
+def start(workdir, *flags, devices=1, cached=True, **config):
+    pipe, variables = subprocess.PIPE, environment(devices)
+    if not cached:
+        del variables["JAX_COMPILATION_CACHE_DIR"]
     return subprocess.Popen(
-        command(workdir, *flags), cwd=ROOT, env=environment(devices), stdout=pipe, stderr=pipe, text=True
+        command(workdir, *flags, **config), cwd=ROOT, env=variables, stdout=pipe, stderr=pipe, text=True
     )
 
 
@@ -58,6 +61,14 @@ def finish(process, code=0):
 def rows(workdir):
     with open(workdir / "losses.csv", newline="") as file:
         return [{k: v for k, v in row.items() if k not in VARYING} for row in csv.DictReader(file)]
+
+
+def wait_for_line(process, text):
+    """Until the process has printed a line with `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError((text, process.communicate()))
 
 
 def wait_for_step(workdir, step, process):
@@ -103,6 +114,62 @@ def test_sigterm_saves_the_step_and_ends_with_its_own_exit_code(whole, tmp_path)
     assert rows(tmp_path) == rows(whole)
 
 
+EVALUATED = """
+from experiments import smoke
+
+def get_config():
+    config = smoke.get_config()
+    config.phases[1]["stage"] = {"arch": {"vision": {"remat": "block"}}}
+    def retrieval(records):
+        return {"name": "retrieval", "data": {"name": "synthetic", "records": records}, "every_steps": 10}
+    config.evals = {"few": retrieval(40), "many": retrieval(2500)}
+    config.checkpoint.best = "few/image_to_text_r1"
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """An experiment with evaluations after steps 10 and 20, and its uninterrupted run."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "experiment.py").write_text(EVALUATED)
+    finish(start(folder / "run", config=folder / "experiment.py"))
+    return folder
+
+
+def test_sigterm_while_compiling_evaluating_or_saving_loses_nothing(evaluated, tmp_path):
+    def go(**how):
+        return start(tmp_path, config=evaluated / "experiment.py", **how)
+
+    compiling = go(cached=False)
+    wait_for_line(compiling, "parameters")  # what is printed last before it
+    compiling.send_signal(signal.SIGTERM)
+    assert "step 0 is saved" in finish(compiling, code=train.PREEMPTED)
+
+    evaluating = go()
+    wait_for_line(evaluating, "step 10  few:")
+    evaluating.send_signal(signal.SIGTERM)
+    assert "step 10 is saved" in finish(evaluating, code=train.PREEMPTED)
+    assert (tmp_path / "evals.csv").read_text().count("\n") == 1  # the heading
+
+    saving = go()
+    while not list((tmp_path / "checkpoints").glob("15*")):  # begun, or just complete
+        assert saving.poll() is None, saving.communicate()
+        time.sleep(0.001)
+    saving.send_signal(signal.SIGTERM)
+    finish(saving, code=train.PREEMPTED)
+
+    assert "best: few/image_to_text_r1" in finish(go())
+    assert rows(tmp_path) == rows(evaluated / "run")
+    assert (tmp_path / "evals.csv").read_text() == (evaluated / "run" / "evals.csv").read_text()
+
+
+def test_a_phase_may_change_how_the_step_is_computed_and_its_losses_stay(whole, evaluated):
+    np.testing.assert_allclose(
+        [float(row["loss"]) for row in rows(evaluated / "run")], [float(row["loss"]) for row in rows(whole)], rtol=1e-5
+    )
+
+
 def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
     process = start(tmp_path, "--config.mesh.data=8", devices=8)
     wait_for_step(tmp_path, 6, process)
@@ -116,16 +183,42 @@ def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
     np.testing.assert_allclose([float(r["loss"]) for r in got], [float(r["loss"]) for r in want], rtol=1e-3)
 
 
-def test_two_processes_train_to_the_losses_of_one(whole, tmp_path):
+def start_two(workdir):
+    """Two processes of one run, of one device each: with more, XLA's collectives on CPUs abort now and then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = (f"--coordinator=127.0.0.1:{port}", "--processes=2")
-    processes = [start(tmp_path, *flags, f"--process={i}", devices=2) for i in range(2)]
-    for process in processes:
+    return [start(workdir, *flags, f"--process={i}") for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory):
+    """The uninterrupted run of two processes."""
+    workdir = tmp_path_factory.mktemp("whole_of_two")
+    for process in start_two(workdir):
         finish(process)
-    got, want = rows(tmp_path), rows(whole)
+    return workdir
+
+
+def test_two_processes_train_to_the_losses_of_one(whole, whole_of_two):
+    got, want = rows(whole_of_two), rows(whole)
     np.testing.assert_allclose([float(r["loss"]) for r in got], [float(r["loss"]) for r in want], rtol=1e-3)
+
+
+def test_when_one_of_two_processes_is_killed_both_end_and_the_same_command_goes_on(whole_of_two, tmp_path):
+    first, second = start_two(tmp_path)
+    wait_for_step(tmp_path, 7, first)
+    while not (tmp_path / "checkpoints" / "5").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    first.communicate(timeout=120)  # it does not wait for a peer that is gone
+    assert first.returncode != 0 and int(rows(tmp_path)[-1]["step"]) < 20
+    said = [finish(process) for process in start_two(tmp_path)]
+    assert "going on from step" in said[0]
+    assert rows(tmp_path) == rows(whole_of_two)
 
 
 def test_a_workdir_holds_what_is_needed_to_use_and_to_repeat_the_run(whole):
@@ -165,6 +258,13 @@ def changed(**changes):
         (changed(stage={"name": "contrastive", "arch": "PE-Core-B16"}), "did you mean PE-Core-B16-224"),
         (changed(log_every_steps=0), "must be at least 1"),
         (changed(checkpoint={"every": 2}), "checkpoint has no key 'every'"),
+        (
+            changed(checkpoint={"best": "zero_shot/top1"}),
+            "must name a figure of an evaluator.* the evaluators are none",
+        ),
+        (changed(max_loss_rise=0), "max_loss_rise=0 must be positive"),
+        (changed(phases=[{"image_size": 32, "examples": 99, "stage": {"mask_ratio": 0.5}}]), "training/mask_token"),
+        (changed(phases=[{"image_size": 32, "examples": 99, "stage": {"frozen": ("text",)}}]), "changes parameters"),
     ],
 )
 def test_a_wrong_config_is_refused_before_anything_is_allocated(config, message):
@@ -191,8 +291,9 @@ def test_the_step_of_the_next_phase_is_compiled_in_the_background_for_its_own_sh
         state = train.TrainState(state.step + batch["text"].sum(), {}, (), ())
         return state, {"pixels": jnp.asarray(batch["image"].size)}
 
-    ahead = train.CompileAhead(jax.jit(update), abstract, mesh)
-    later = train.Phase(image_size=24, steps=3, batch_size=32)
+    ahead = train.CompileAhead(lambda phase: jax.jit(update), abstract, mesh)
+    stage = train.parse(smoke.get_config().to_dict()).stage
+    later = train.Phase(image_size=24, steps=3, batch_size=32, stage=stage)
     ahead.start([later], batch)
     assert begun.wait(60)  # nobody has asked for it yet
     larger = {"image": np.ones((32, 24, 24, 3), np.uint8), "text": np.ones((32, 5))}
@@ -201,13 +302,20 @@ def test_the_step_of_the_next_phase_is_compiled_in_the_background_for_its_own_sh
     assert state.step == 2 + 32 * 5 and metrics["pixels"] == 32 * 24 * 24 * 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_names_the_records_and_is_not_saved(tmp_path):
-    config = changed(optimizer={"name": "adamw", "learning_rate": 1e30}, phases=[{"image_size": 16, "examples": 64}])
-    config["checkpoint"], config["log_every_steps"] = {"every_steps": 2}, 4
-    with pytest.raises(FloatingPointError, match=r"by step 2; the record numbers .* are in .*nonfinite-0.json"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": {"name": "adamw", "learning_rate": 1e30}}, "loss=nan"),
+        ({"optimizer": {"name": "adamw", "learning_rate": 0.1}, "max_loss_rise": 1e-6}, r"loss=[\d.]+, up from"),
+    ],
+)
+def test_a_loss_that_is_lost_stops_the_run_names_the_records_and_is_not_saved(changes, message, tmp_path):
+    config = changed(phases=[{"image_size": 16, "examples": 160}], **changes)
+    config["checkpoint"], config["log_every_steps"] = {"every_steps": 100}, 2
+    with pytest.raises(FloatingPointError, match=rf"{message}.* by step \d+; the record numbers .*stopped-0.json"):
         train.train(config, tmp_path)
-    records = json.loads((tmp_path / "nonfinite-0.json").read_text())
-    assert list(records) == ["1", "2"] and len(records["2"]) == 16
+    records = json.loads((tmp_path / "stopped-0.json").read_text())
+    assert len(records) == 2 and {len(numbers) for numbers in records.values()} == {16}
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 

@@ -137,8 +137,7 @@ class Loader:
     """
 
     def __init__(self, stream: "_Stream", threads: int):
-        self._stream = stream
-        self._batches, self._wait, self._began = 0, 0.0, time.perf_counter()
+        self._stream, self._threads, self._batches = stream, threads, 0
         ahead = max(2 * threads, min(2 * stream.rows, 64))
         examples = grain.MapDataset.source(stream).to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
@@ -162,14 +161,11 @@ class Loader:
             return {source.name: len(source.bad) for source in self._stream.sources}
 
     @property
-    def stats(self) -> dict[str, float]:
-        """Batches delivered, batches/s since the start, and the share of that time spent waiting for data."""
-        seconds = max(time.perf_counter() - self._began, 1e-9)
-        return {
-            "batches": float(self._batches),
-            "batches_per_second": self._batches / seconds,
-            "wait_share": self._wait / seconds,
-        }
+    def examples_per_second(self) -> float:
+        """What this host's threads could deliver, by the time they took for each example so far; 0 before the first."""
+        with self._stream.lock:
+            made, busy = self._stream.made, self._stream.busy
+        return self._threads * made / max(busy, 1e-9)
 
     def __iter__(self) -> "Loader":
         return self
@@ -177,9 +173,7 @@ class Loader:
     def __next__(self) -> Batch:
         if not self._iterator:
             raise ValueError("this loader is closed; make a new one with start=loader.position.")
-        began = time.perf_counter()
         batch = next(self._iterator[0])
-        self._wait += time.perf_counter() - began
         self._batches += 1
         return batch
 
@@ -312,13 +306,22 @@ class _Stream:
     def __post_init__(self):
         self.squash = Preprocess(self.size)
         self.lock = threading.Lock()
+        self.made, self.busy = 0, 0.0  # examples, and the seconds all threads took for them
         self.offsets = np.cumsum([0, *(len(s.records) for s in self.sources)]).tolist()
 
     def __len__(self) -> int:
         return 1 << 60
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        step, row = divmod(int(index), self.rows)
+        began = time.perf_counter()
+        example = self._example(int(index))
+        with self.lock:
+            self.made += 1
+            self.busy += time.perf_counter() - began
+        return example
+
+    def _example(self, index: int) -> dict[str, Any]:
+        step, row = divmod(index, self.rows)
         position = self.start + step * self.batch + self.first + row
         number, place = self.mixture(position)
         source = self.sources[number]
