@@ -4,8 +4,8 @@
   pe-jax data inspect data/digits/train.jsonl --sheet sheet.png
   pe-jax data convert "shards/train-{000..099}.tar" data/train --shards 64
 
-A source is a path (.jsonl, .csv, .tsv, .npz, .tar, .array_record, or a folder of shards) or a source config as JSON,
-such as '{"name": "tfds", "dataset": "mnist", "split": "test"}'.
+A source is a path (.jsonl, .csv, .tsv, .npz, .tar, .array_record, a folder of shards or of images) or a source config
+as JSON, such as '{"name": "tfds", "dataset": "mnist", "split": "test"}'.
 """
 
 import argparse

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from etils import epath
 
 from pe_jax.data import tar_index
 from pe_jax.data.image import BadImage, read_bytes
@@ -164,6 +165,44 @@ class Jsonl:
 
     def where(self, index: int) -> str:
         return f"{self.path} record {index}"
+
+
+class Folder:
+    """Images below a folder, by path: DIR/CLASS/NAME.jpg, with NAME.txt for a caption if it is there.
+
+    A record has `cls`, the name of the first folder below `path` with "_" as spaces, where there is one, and `caption`,
+    the text file's content or else the class.
+
+    Args:
+      path: the folder, local or gs://.
+    """
+
+    def __init__(self, path: str):
+        root = epath.Path(path)
+        if not root.is_dir():
+            raise ValueError(f"{path} is no folder; give one with images in it.")
+        self.path = str(root)
+        found = (str((folder / name).relative_to(root)) for folder, _, names in root.walk() for name in names)
+        by_ending = [(name, os.path.splitext(name)[1].lower().lstrip(".")) for name in found]
+        self.images = sorted(name for name, ending in by_ending if ending in IMAGE_ENDINGS)
+        self.texts = {name for name, ending in by_ending if ending == "txt"}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        name = self.images[index]
+        record: Record = {"image": os.path.join(self.path, name)}
+        if os.sep in name:
+            record["cls"] = record["caption"] = name.split(os.sep)[0].replace("_", " ")
+        text = os.path.splitext(name)[0] + ".txt"
+        if text in self.texts:
+            path = os.path.join(self.path, text)
+            record["caption"] = _decode(read_bytes(path), path, BadRecord).strip()
+        return record
+
+    def where(self, index: int) -> str:
+        return os.path.join(self.path, self.images[index])
 
 
 class Csv:
@@ -475,6 +514,7 @@ class Synthetic:
 SOURCES = {
     "jsonl": Jsonl,
     "csv": Csv,
+    "folder": Folder,
     "packed": Packed,
     "array_record": ArrayRecord,
     "webdataset": WebDataset,
@@ -509,9 +549,11 @@ def guess(path: str) -> dict[str, Any]:
     for ending, name in ((".array_record", "array_record"), (".tar", "webdataset")):
         if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*" + ending)):
             return {"name": name, "path": path}
+    if os.path.isdir(path):
+        return {"name": "folder", "path": path}
     raise ValueError(
         f"cannot tell what kind of source {path} is; wanted .jsonl, .csv, .tsv, .npz, .tar, .array_record, a folder of"
-        ' shards, or JSON such as \'{"name": "tfds", "dataset": "mnist"}\'.'
+        ' shards or images, or JSON such as \'{"name": "tfds", "dataset": "mnist"}\'.'
     )
 
 

@@ -32,6 +32,32 @@ def test_every_format_gives_the_same_records(small, name):
     assert got == list(zip(small.images, small.captions, range(23), strict=True))
 
 
+def test_a_folder_gives_its_images_with_class_and_caption(small, tmp_path):
+    for name, image in {"sea_lion/b.JPG": 0, "sea_lion/a.png": 1, "fox/deep/c.webp": 2, "loose.jpeg": 3}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(small.images[image])
+    (tmp_path / "sea_lion/b.txt").write_text("two of them\n")
+    (tmp_path / "notes.md").write_text("no record")
+    source = create(sources.guess(str(tmp_path)))
+    assert [source.where(i) for i in range(len(source))] == [
+        str(tmp_path / name) for name in ("fox/deep/c.webp", "loose.jpeg", "sea_lion/a.png", "sea_lion/b.JPG")
+    ]
+    records = [source[i] for i in range(len(source))]
+    assert [read_bytes(record["image"]) for record in records] == [small.images[i] for i in (2, 3, 1, 0)]
+    captions = [{k: v for k, v in record.items() if k != "image"} for record in records]
+    assert captions == [
+        {"cls": "fox", "caption": "fox"},
+        {},
+        {"cls": "sea lion", "caption": "sea lion"},
+        {"cls": "sea lion", "caption": "two of them"},
+    ]
+    with pytest.raises(ValueError, match="is no folder"):
+        create({"name": "folder", "path": str(tmp_path / "notes.md")})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no record"):
+        create({"name": "folder", "path": str(tmp_path / "empty")})
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_access_is_random_and_survives_pickling(small, name):
     source = create(small.config(name))
