@@ -122,10 +122,12 @@ def _open_clip(images: np.ndarray, text: np.ndarray, _: str, program: str) -> tu
 
 
 def _big_vision(images: np.ndarray, text: np.ndarray, _: str, __: str) -> tuple[Callable[[], Any], int]:
+    import flax.training.checkpoints  # before the stand-in below: it would take it for TensorFlow
     import jax
     import jax.numpy as jnp
     import optax
 
+    assert flax.training.checkpoints
     sys.path.insert(0, os.environ["BIG_VISION"])
     # Its models import its file helpers, and those TensorFlow, of which no update calls anything.
     for name in ("tensorflow", "tensorflow.io", "tensorflow.io.gfile"):

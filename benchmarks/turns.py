@@ -68,14 +68,7 @@ class Worker:
         return self._answer()
 
     def cpu_s(self) -> float:
-        """CPU seconds of the process and its children so far."""
-        found, children = 0.0, [self.process.pid]
-        while children:
-            pid = children.pop()
-            found += _cpu_of(pid)
-            for task in Path(f"/proc/{pid}/task").glob("*/children"):
-                children += [int(child) for child in task.read_text().split()]
-        return found
+        return _cpu_of(self.process.pid)
 
     def stop(self) -> None:
         assert self.process.stdin
@@ -91,8 +84,9 @@ class Worker:
 
 
 def _cpu_of(process: int | str) -> float:
+    """CPU seconds a process and its ended children have used (Linux)."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def _cpu_of_machine() -> float:
