@@ -1,0 +1,87 @@
+"""What a compiled program multiplies and sends, counted in its text: loops in full, fusions opened, groups read."""
+
+import pytest
+
+from tpu import aot, hlo
+
+TEXT = """HloModule step, is_scheduled=true
+
+%fused (p0: bf16[6,5], p1: bf16[5,7]) -> f32[6,7] {
+  %p0 = bf16[6,5]{1,0:T(8,128)} parameter(0)
+  %p1 = bf16[5,7]{1,0:T(8,128)} parameter(1)
+  ROOT %dot.1 = f32[6,7]{1,0:T(8,128)} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%condition (state: (s32[], bf16[6,5])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(9)
+  %state = (s32[], bf16[6,5]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (state.1: (s32[], bf16[6,5])) -> (s32[], bf16[6,5]) {
+  %state.1 = (s32[], bf16[6,5]{1,0}) parameter(0)
+  %x = bf16[6,5]{1,0} get-tuple-element(%state.1), index=1
+  %w = bf16[5,7]{1,0} constant({...})
+  %fusion.1 = f32[6,7]{1,0:T(8,128)S(1)} fusion(%x, %w), kind=kOutput, calls=%fused
+  %gather.1 = f32[24,7]{1,0} all-gather(%fusion.1), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %next = (s32[], bf16[6,5]{1,0}) tuple(%state.1, %x)
+}
+
+ENTRY %main (a: bf16[3,8,4], b: bf16[3,9,4]) -> f32[3,8,9] {
+  %a = bf16[3,8,4]{2,1,0} parameter(0)
+  %b = bf16[3,9,4]{2,1,0} parameter(1)
+  %init = (s32[], bf16[6,5]{1,0}) tuple(%a, %b)
+  %loop = (s32[], bf16[6,5]{1,0}) while(%init), condition=%condition, body=%body
+  %sum.1 = f32[11]{0} all-reduce(%a), replica_groups={{0,1,2},{3,4,5}}, to_apply=%add
+  %sum.2 = f32[13]{0} all-reduce(%a), replica_groups=[2,8]<=[16], to_apply=%add
+  ROOT %conv = f32[3,8,9]{2,1,0} convolution(%a, %b), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0oi->0bf
+}
+"""
+
+
+def test_a_product_inside_a_fusion_inside_a_loop_counts_as_often_as_the_loop_runs():
+    in_loop, batched = 9 * 2 * 6 * 5 * 7, 3 * 2 * 8 * 9 * 4
+    assert hlo.Program(TEXT).total_flops() == in_loop + batched
+
+
+def test_a_batched_product_written_as_a_dilated_convolution_counts_only_what_meets_the_input():
+    program = hlo.Program(TEXT)
+    convolution = program.computations["main"]["conv"]
+    # 3 outputs, 3 window places each: of 9 pairs only the 3 on the diagonal stand on an entry of the input.
+    assert program.flops("main", convolution) == 2 * 3 * 8 * 9 * 4
+
+
+def test_collectives_are_counted_by_kind_and_group_with_loops_in_full():
+    assert hlo.Program(TEXT).collectives() == {
+        ("all-gather", 4): (9, 9 * 24 * 7 * 4),
+        ("all-reduce", 3): (1, 11 * 4),
+        ("all-reduce", 8): (1, 13 * 4),
+    }
+
+
+def test_bytes_in_the_cores_own_memory_are_not_bytes_of_hbm():
+    shape = "(bf16[6,7]{1,0:T(8,128)S(1)}, f32[5]{0})"
+    assert (hlo.size(shape), hlo.size(shape, hbm_only=True)) == (6 * 7 * 2 + 5 * 4, 5 * 4)
+
+
+def test_a_text_without_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.Program("HloModule nothing")
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="length is unknown"):
+        hlo.Program(TEXT.replace("constant(9)", "parameter(1)")).total_flops()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--config=experiments/none.py"], "there is no file"),
+        (["--config=experiments/digits.py", "--mesh=data:4"], "is not AXIS=SIZE"),
+    ],
+)
+def test_what_is_given_wrongly_is_told_before_anything_is_compiled(flags, told, capsys):
+    assert aot.main([*flags, "--topology=v5e:2x2"]) == 2
+    assert told in capsys.readouterr().err
