@@ -9,7 +9,7 @@ a model says what an axis means and this module says where it goes:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,33 @@ def batch_axes() -> tuple[str, ...]:
     """The axes of the current mesh (`jax.set_mesh`) over which examples are cut; none where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return () if mesh.empty else tuple(axis for axis in RULES["batch"] or () if axis in mesh.axis_names)
+
+
+def platform() -> str:
+    """The platform that is being computed on or compiled for: of the current mesh's devices, else JAX's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device is not None else jax.default_backend()
+
+
+def ways(logical: str) -> int:
+    """How many ways the current mesh cuts an axis of this logical name; 1 where no mesh is set."""
+    mesh, rule = jax.sharding.get_abstract_mesh(), RULES[logical] or ()
+    return math.prod(mesh.shape.get(axis, 1) for axis in ((rule,) if isinstance(rule, str) else rule))
+
+
+def per_device(
+    function: Callable[[jax.Array], jax.Array], before: Sequence[str | None], after: Sequence[str | None]
+) -> Callable[[jax.Array], jax.Array]:
+    """`function` run on each device's part of an array; as it is where no mesh is set.
+
+    Args:
+      function: needs nothing of the other parts.
+      before, after: the logical axes of the array it takes and of the one it gives.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    return jax.shard_map(function, in_specs=spec(mesh, *before), out_specs=spec(mesh, *after), check_vma=False)
 
 
 def batch_ways(mesh: Mesh) -> int:

@@ -6,9 +6,12 @@ graph is walked from the entry, and a loop's body counts as often as the constan
 
 import collections
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
@@ -38,6 +41,12 @@ class Instruction:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return found and found[1]
 
+    @property
+    def cycles(self) -> float:
+        """The compiler's own estimate of the time on the core; 0 where it gives none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return float(found[1]) if found else 0.0
+
 
 def _closing(text: str) -> int:
     depth = 1
@@ -57,11 +66,37 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
     ]
 
 
-def size(shape: str, *, hbm_only: bool = False) -> float:
-    """Bytes of a shape; with `hbm_only` those that lie in HBM, not in a memory space of the core, S(1) and above."""
+def size(shape: str, *, hbm_only: bool = False, padded: bool = False) -> float:
+    """Bytes of a shape.
+
+    Args:
+      shape: as written, an array or a tuple.
+      hbm_only: count what lies in HBM alone, not in a memory space of the core, S(1) and above.
+      padded: count the tiles that the arrays are laid out in, in full.
+    """
     return sum(
-        _BYTES[kind] * math.prod(sizes) for kind, sizes, layout in arrays(shape) if not (hbm_only and "S(" in layout)
+        nbytes((kind, sizes, layout if padded else ""))
+        for kind, sizes, layout in arrays(shape)
+        if not (hbm_only and "S(" in layout)
     )
+
+
+def nbytes(array: tuple[str, tuple[int, ...], str]) -> float:
+    """Bytes of one of `arrays`, in its tiles."""
+    kind, sizes, layout = array
+    return _BYTES[kind] * math.prod(tiled(sizes, layout))
+
+
+def tiled(sizes: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The sizes rounded up to the layout's outermost tile: 96 of "{1,0:T(8,128)}" takes the room of 128."""
+    order, _, rest = layout.partition(":")
+    tile = re.match(r"T\(([\d,]+)\)", rest)
+    if not tile or not order:
+        return sizes
+    grown = list(sizes)
+    for axis, step in zip(order.split(","), reversed(tile[1].split(",")), strict=False):
+        grown[int(axis)] = -(-grown[int(axis)] // int(step)) * int(step)
+    return tuple(grown)
 
 
 class Program:
@@ -75,6 +110,7 @@ class Program:
         """
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
+        self._frames = _Frames(text)
         for line in text.splitlines():
             if (header := _COMPUTATION.match(line)) and not line.startswith(" "):
                 current = self.computations.setdefault(header[2], {})
@@ -129,40 +165,201 @@ class Program:
         """Floating point operations of every matrix product that one run executes, on one device."""
         return sum(times * self.flops(computation, one) for computation, one, times in self.executed())
 
+    def inside(self, instruction: Instruction) -> Iterable[Instruction]:
+        """What a fusion is made of; any other instruction is all there is of it."""
+        called = instruction.attribute("calls") if instruction.opcode == "fusion" else None
+        return self.computations[called].values() if called else (instruction,)
+
+    def sends(self, instruction: Instruction) -> "list[Collective]":
+        """The collectives that an instruction is, or that a fusion begins or does on the way."""
+        if instruction.opcode == "fusion" and "collective-done" in instruction.name:
+            return []  # counted where it began
+        found = []
+        for each in self.inside(instruction):
+            kind = each.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES or each.opcode.endswith("-done"):
+                continue
+            parts = arrays(each.shape)
+            # A start's tuple holds operand, result and semaphores; only the result travels.
+            moved = size(each.shape)
+            if each.opcode.endswith("-start") and len(parts) > 1:
+                element, sizes, _ = parts[1]
+                moved = _BYTES[element] * math.prod(sizes)
+            # An all-reduce of which only a part is kept is emitted as a reduce-scatter.
+            if kind == "all-reduce" and "reduce-scatter" in (instruction.attribute("calls") or ""):
+                kind = "reduce-scatter"
+            found.append(Collective(kind, group(each.rest), moved))
+        return found
+
     def collectives(self) -> dict[tuple[str, int], tuple[int, float]]:
-        """(kind, devices in a group) → (how many run, bytes of their results), on one device.
+        """(kind, devices in a group) → (how many run, bytes of their whole arrays), on one device.
 
         A collective that the compiler put inside a fusion to overlap it with other work counts once, at its start.
         """
         found: dict[tuple[str, int], tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
         for _, one, times in self.executed():
-            inside = [one]
-            if one.opcode == "fusion" and one.name.startswith("async-collective-start"):
-                inside = list(self.computations[one.attribute("calls") or ""].values())
-            for each in inside:
-                kind = each.opcode.removesuffix("-start")
-                if kind in COLLECTIVES:
-                    parts = arrays(each.shape)
-                    # A start's tuple holds operand, result and semaphores; only the result travels.
-                    moved = size(each.shape)
-                    if each.opcode.endswith("-start") and len(parts) > 1:
-                        kind_of, sizes, _ = parts[1]
-                        moved = _BYTES[kind_of] * math.prod(sizes)
-                    count, total = found[kind, group_size(each.rest)]
-                    found[kind, group_size(each.rest)] = count + times, total + times * moved
+            for each in self.sends(one):
+                count, total = found[each.kind, len(each.group)]
+                found[each.kind, len(each.group)] = count + times, total + times * each.moved
         return dict(found)
 
+    def traffic(self, computation: str, instruction: Instruction) -> float:
+        """Bytes that an instruction reads from HBM and writes there, arrays in their tiles.
 
-def group_size(attributes: str) -> int:
-    """Devices in one group of a collective, from its `replica_groups` in any of XLA's three spellings; 0 if none."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(iota[1])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return listed[1].count(",") + 1
-    return 2 if "source_target_pairs" in attributes else 0
+        Of an array that a fusion only slices, the slice counts; of one that it updates in place, the update.
+        """
+        outer = self.computations[computation]
+        if instruction.opcode in _FREE:
+            return 0.0
+        body = {each.name: each for each in self.inside(instruction)} if instruction.opcode == "fusion" else {}
+        if not body:
+            names = instruction.operands
+            if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+                names = []
+            elif instruction.opcode == "dynamic-update-slice":
+                return 2 * size(outer[names[1]].shape, hbm_only=True, padded=True)
+            read = sum(size(outer[n].shape, hbm_only=True, padded=True) for n in names if n in outer)
+            doubled = 2 if not names else 1
+            return read + doubled * size(instruction.shape, hbm_only=True, padded=True)
+        total, in_place = 0.0, set()
+        users: dict[str, list[Instruction]] = collections.defaultdict(list)
+        for each in body.values():
+            for name in each.operands:
+                users[name].append(each)
+            if each.opcode == "dynamic-update-slice":
+                in_place.add(_through(body, each.operands[0]))
+                total += size(body[each.operands[1]].shape, padded=True)
+        for each in body.values():
+            if each.opcode != "parameter":
+                continue
+            number = int(each.rest.partition(")")[0])
+            shape = outer[instruction.operands[number]].shape
+            by = _users(users, each.name)
+            if each.name in in_place or "S(" in shape:
+                continue
+            if by and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in by):
+                total += sum(min(size(user.shape, padded=True), size(shape, padded=True)) for user in by)
+            else:
+                total += size(shape, hbm_only=True, padded=True)
+        written = [part for part in arrays(instruction.shape) if "S(" not in part[2]]
+        updated = sorted(math.prod(arrays(body[name].shape)[0][1]) for name in in_place if name in body)
+        for kind, sizes, layout in written:
+            if math.prod(sizes) in updated:
+                updated.remove(math.prod(sizes))
+            else:
+                total += nbytes((kind, sizes, layout))
+        return total
+
+    def source(self, instruction: Instruction) -> str:
+        """FILE:LINE of our own code that an instruction comes from, or what the compiler calls it."""
+        for each in (instruction, *(() if instruction.opcode != "fusion" else self.inside(instruction))):
+            if (found := re.search(r"stack_frame_id=(\d+)", each.rest)) and (place := self._frames.of(int(found[1]))):
+                return place
+        return "the compiler's own"
+
+
+# They move nothing, or what they move is counted apart.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "partition-id",
+        "after-all",
+        "iota",
+        "while",
+        "conditional",
+        "call",
+        "copy-start",
+        "copy-done",
+        "slice-start",
+        "slice-done",
+        "async-start",
+        "async-done",
+        "send",
+        "send-done",
+        "recv",
+        "recv-done",
+        "opt-barrier",
+    ]
+)
+
+
+def _through(body: dict[str, Instruction], name: str) -> str:
+    """The parameter that a value is only another view of."""
+    while name in body and body[name].opcode in ("bitcast", "copy", "reshape", "transpose") and body[name].operands:
+        name = body[name].operands[0]
+    return name
+
+
+def _users(users: dict[str, list[Instruction]], name: str) -> list[Instruction]:
+    """Who uses a value, seen through bitcasts."""
+    found = []
+    for user in users[name]:
+        found += _users(users, user.name) if user.opcode == "bitcast" else [user]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One sending of arrays among devices."""
+
+    kind: str  # of `COLLECTIVES`
+    group: tuple[int, ...]  # one of the groups, devices as the program counts them
+    moved: float  # bytes: gathered, reduced or sent on, on one device
+
+
+class _Frames:
+    """The tables at the head of a program's text, from a frame's number to a line of source."""
+
+    def __init__(self, text: str):
+        head = text[: text.find("\n\n%") if "\n\n%" in text else 2_000_000]
+        self._files = dict(re.findall(r'^(\d+) "([^"]*\.py)"$', head, re.M))
+        self._lines = {
+            n: (file, line) for n, file, line in re.findall(r"^(\d+) \{file_name_id=(\d+) .*?line=(\d+)", head, re.M)
+        }
+        self._stack = {
+            n: (place, parent)
+            for n, place, parent in re.findall(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", head, re.M)
+        }
+
+    @functools.cache  # noqa: B019
+    def of(self, frame: int) -> str | None:
+        """The innermost line of this repository on the way to a frame."""
+        name, seen = str(frame), set()
+        while name in self._stack and name not in seen:
+            seen.add(name)
+            place, parent = self._stack[name]
+            file, line = self._lines.get(place, ("", ""))
+            path = self._files.get(file, "").replace("\\", "/")
+            if found := re.search(r"(?:^|/)((?:pe_jax|tpu|benchmarks)/[\w/]+\.py)$", path):
+                return f"{found[1]}:{line}"
+            name = parent
+        return None
+
+
+def group(attributes: str) -> tuple[int, ...]:
+    """The first group of a collective, from its `replica_groups` in any of XLA's spellings; () if it has none."""
+    if mesh := re.search(r"replica_groups=(?:mesh)?\[?mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return _along(sizes, re.findall(r"'(\w+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape = [int(n) for n in iota[3].split(",")]
+        order = np.arange(math.prod(shape)).reshape(shape)
+        if iota[4]:
+            order = order.transpose([int(n) for n in iota[4].split(",")])
+        return tuple(order.reshape(int(iota[1]), int(iota[2]))[0].tolist())
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
+        return tuple(int(n) for n in listed[1].split(","))
+    return ()
+
+
+def _along(sizes: dict[str, int], axes: list[str]) -> tuple[int, ...]:
+    """The devices met when only these axes of a mesh are walked, from device 0; the last axis is the fastest."""
+    order = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    return tuple(int(n) for n in order[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel())
 
 
 def _dot_flops(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
@@ -200,3 +397,21 @@ def _convolution_flops(attributes: str, left: tuple[int, ...], right: tuple[int,
     batch, features = out[labels[3].index("b")], out[labels[3].index("f")]
     groups = int((re.search(r"batch_group_count=(\d+)", attributes) or [0, 1])[1])
     return 2.0 * pairs * batch * features * right[labels[2].index("i")] / groups
+
+
+def product_sizes(opcode: str, attributes: str, left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, int, int]:
+    """(contracted, rows, columns) of a matrix product, batches aside, from the shapes of its operands."""
+    if opcode == "dot":
+
+        def axes(name: str) -> list[int]:
+            found = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
+            return [int(axis) for axis in (found[1] if found else "").split(",") if axis]
+
+        sizes = []
+        for side, shape in (("lhs", left), ("rhs", right)):
+            gone = axes(f"{side}_contracting_dims") + axes(f"{side}_batch_dims")
+            sizes.append(math.prod(n for axis, n in enumerate(shape) if axis not in gone))
+        return math.prod(left[axis] for axis in axes("lhs_contracting_dims")), sizes[0], sizes[1]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels, attributes[:200]
+    return right[labels[2].index("i")], left[labels[1].index("b")], right[labels[2].index("o")]

@@ -4,6 +4,7 @@ Each parameter names its logical axes in its `axes` metadata, which `pe_jax.shar
 [in, out]. Initialisation follows PE's published module: PyTorch's defaults, and Xavier-uniform for the fused qkv.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,19 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from pe_jax import sharding
+from pe_jax.models import attention_tpu
 from pe_jax.sharding import constrain
 from pe_jax.types import Params, split
 
 EPSILON = 1e-5  # of every LayerNorm, in both towers and the pooler
 
-# What the backward pass keeps of each block; the rest is recomputed.
+_keep = jax.checkpoint_policies.save_only_these_names
+# What the backward pass keeps of each block besides the residual stream entering it; the rest is computed again.
+# In brackets what that costs of memory: bf16 numbers a token, in widths D (G's MLP is 5.8 D wide, the others' 4 D).
 REMAT_POLICIES: dict[str, Any] = {
-    "none": None,  # keep everything: fastest, most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs
-    "block": jax.checkpoint_policies.nothing_saveable,  # keep the residual stream only
+    "none": None,  # everything, also what the matrix products do not need
+    "dots": _keep("qkv", "attended", "up", "middle"),  # what goes into or comes out of a matrix product [5 D + MLP]
+    "no_up": _keep("qkv", "attended", "middle"),  # but for the widest: the MLP's first half is done again [5 D]
+    "attention": _keep("qkv", "attended"),  # [4 D]
+    "block": jax.checkpoint_policies.nothing_saveable,  # nothing: one forward pass more
 }
+# How attention among the tokens themselves is computed.
+KERNELS = (
+    "auto",  # by the platform: "fused" on a TPU, "cudnn" on a GPU, "xla" elsewhere or where the others cannot
+    "xla",  # matrix products and a softmax with all logits in memory
+    "fused",  # our TPU kernel (`attention_tpu`); on another platform its steps are interpreted, to check it
+    "cudnn",  # NVIDIA's flash attention, for half precision
+)
 
 
 def precision(dtype: Any) -> lax.Precision | None:
@@ -115,9 +130,10 @@ def rotate(x: Float[Array, "B N K H"], rope: tuple[np.ndarray, np.ndarray]) -> F
 class Attention(nnx.Module):
     """Multi-head attention with one fused qkv kernel; self-attention, or from `queries` to `tokens` (PE §2.1)."""
 
-    def __init__(self, width: int, heads: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, kernel: str = "auto", dtype: Any = jnp.float32, rngs: nnx.Rngs):
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}; change either one.")
+        self.kernel = kernel
         head_dim = width // heads
         xavier = uniform((6 / (width + 3 * width)) ** 0.5)  # of the fused [3·D, D] matrix
         zeros = nnx.initializers.zeros_init()
@@ -140,14 +156,13 @@ class Attention(nnx.Module):
         rope: tuple[np.ndarray, np.ndarray] | None = None,
         causal: bool = False,
     ) -> Float[Array, "B Q D"]:
+        """Among the tokens themselves, with `rope` and `causal`; or from `queries`, which see all tokens."""
         if queries is None:
-            q, k, v = jnp.moveaxis(self.qkv(tokens), 2, 0)
-        else:
-            (q,) = self._project(queries, slice(0, 1))
-            k, v = self._project(tokens, slice(1, 3))
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        return self.out(attend(q, k, v, causal=causal))
+            qkv = checkpoint_name(self.qkv(tokens), "qkv")
+            return self.out(checkpoint_name(self_attend(qkv, rope, causal=causal, kernel=self.kernel), "attended"))
+        (q,) = self._project(queries, slice(0, 1))
+        k, v = self._project(tokens, slice(1, 3))
+        return self.out(attend(q, k, v))
 
     def _project(self, x: Array, part: slice) -> Array:
         """[B, N, D] → [parts, B, N, K, H] by some of q, k and v."""
@@ -155,6 +170,54 @@ class Attention(nnx.Module):
         kernel, bias = self.qkv.kernel[:, part].astype(dtype), self.qkv.bias[part].astype(dtype)
         y = jnp.einsum("bnd,dpkh->pbnkh", x.astype(dtype), kernel, precision=precision(dtype))
         return y + bias[:, None, None]
+
+
+def self_attend(
+    qkv: Float[Array, "B N 3 K H"],
+    rope: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    causal: bool = False,
+    kernel: str = "auto",
+) -> Float[Array, "B N K H"]:
+    """Attention of tokens among themselves, from their projections; q and k are turned by `rope` first.
+
+    Args:
+      qkv: [B, N, 3, K, H].
+      rope: tables of `rope_2d`, or None.
+      causal: whether tokens see only themselves and earlier ones.
+      kernel: one of `KERNELS`, the same numbers by any of them.
+
+    Raises:
+      ValueError: if `kernel` was chosen by name and cannot take these arrays.
+    """
+    if kernel == "auto":
+        kernel = _kernel_for(qkv)
+    if kernel == "fused":
+        run = functools.partial(
+            attention_tpu.attention,
+            rope=None if rope is None else attention_tpu.Tables(rope),
+            causal=causal,
+            interpret=sharding.platform() != "tpu",
+        )
+        return sharding.per_device(run, ("batch", None, None, "heads", None), ("batch", None, "heads", None))(qkv)
+    q, k, v = jnp.moveaxis(qkv, 2, 0)
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    return attend(q, k, v, causal=causal)
+
+
+def _kernel_for(qkv: Array) -> str:
+    """The fastest of `KERNELS` that can take these projections on the platform that is being compiled for."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    batch_ways, head_ways = sharding.ways("batch"), sharding.ways("heads")
+    platform, whole = sharding.platform(), batch % batch_ways == 0 and heads % head_ways == 0
+    if platform == "tpu" and whole:
+        fits = attention_tpu.heads_at_once(heads // head_ways, head_dim, tokens, qkv.dtype.itemsize)
+        return "fused" if fits else "xla"
+    # cuDNN differentiates rows of even length alone.
+    return "cudnn" if platform == "gpu" and qkv.dtype.itemsize == 2 and tokens % 2 == 0 else "xla"
 
 
 def attend(
@@ -188,7 +251,7 @@ class MLP(nnx.Module):
         self.down = dense((hidden,), (width,), ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.down(gelu(self.up(x)))
+        return self.down(gelu(checkpoint_name(self.up(x), "up")))
 
 
 class LayerScale(nnx.Module):
@@ -220,12 +283,13 @@ class Block(nnx.Module):
         *,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        kernel: str = "auto",
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.drop_path = drop_path
         self.norm1 = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, kernel=kernel, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, mlp_width, dtype=dtype, rngs=rngs)
         if layer_scale is not None:
@@ -243,6 +307,7 @@ class Block(nnx.Module):
         scale1, scale2 = getattr(self, "scale1", _same), getattr(self, "scale2", _same)
         key1, key2 = (None, None) if key is None else jax.random.split(key)
         x = x + drop_path(scale1(self.attention(self.norm1(x), rope=rope, causal=causal)), self.drop_path, key1)
+        x = checkpoint_name(x, "middle")
         x = x + drop_path(scale2(self.mlp(self.norm2(x))), self.drop_path, key2)
         return constrain(x, "batch", "tokens", None)
 
@@ -326,6 +391,8 @@ def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(layer if layer >= 0 else depth + 1 + layer for layer in layers)
 
 
-def check_remat(remat: str) -> None:
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat={remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}.")
+def check_computation(remat: str, attention: str) -> None:
+    """Raises a ValueError for a way to compute a tower that does not exist."""
+    for name, value, known in (("remat", remat, REMAT_POLICIES), ("attention", attention, KERNELS)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}.")

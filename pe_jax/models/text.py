@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pe_jax.models.layers import Block, check_remat, layer_norm, precision, scan_blocks, stack
+from pe_jax.models.layers import Block, check_computation, layer_norm, precision, scan_blocks, stack
 from pe_jax.sharding import constrain
 
 
@@ -23,11 +23,12 @@ class TextConfig:
     mlp_width: int
     output_width: int
     vocab_size: int = 49408
-    remat: str = "none"
+    remat: str = "none"  # what the backward pass keeps, a key of `layers.REMAT_POLICIES`
+    attention: str = "auto"  # how it is computed, one of `layers.KERNELS`
     dtype: str = "float32"  # of activations; parameters are float32
 
     def __post_init__(self) -> None:
-        check_remat(self.remat)
+        check_computation(self.remat, self.attention)
 
 
 class TextTower(nnx.Module):
@@ -72,7 +73,7 @@ class TextTower(nnx.Module):
 
 def _block(c: TextConfig, rngs: nnx.Rngs) -> Block:
     """A block with OpenCLIP's initialisation, since PE's module leaves the text tower's open."""
-    block = Block(c.width, c.heads, c.mlp_width, dtype=c.dtype, rngs=rngs)
+    block = Block(c.width, c.heads, c.mlp_width, kernel=c.attention, dtype=c.dtype, rngs=rngs)
     zeros: Any = jnp.zeros_like
     for layer, scale in (
         (block.attention.qkv, c.width**-0.5),

@@ -18,7 +18,7 @@ from pe_jax.models.layers import (
     MLP,
     Attention,
     Block,
-    check_remat,
+    check_computation,
     layer_norm,
     precision,
     resolve_layers,
@@ -49,11 +49,12 @@ class VisionConfig:
     norm_post: bool = True
     rope: bool = True
     pool_heads: int = 8
-    remat: str = "none"
+    remat: str = "none"  # what the backward pass keeps, a key of `layers.REMAT_POLICIES`
+    attention: str = "auto"  # how it is computed, one of `layers.KERNELS`
     dtype: str = "float32"  # of activations; parameters are float32
 
     def __post_init__(self) -> None:
-        check_remat(self.remat)
+        check_computation(self.remat, self.attention)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}.")
         if self.pool == "class" and not self.class_token:
@@ -129,6 +130,7 @@ class VisionTower(nnx.Module):
                 c.mlp_width,
                 layer_scale=c.layer_scale,
                 drop_path=c.drop_path,
+                kernel=c.attention,
                 dtype=dtype,
                 rngs=rngs,
             ),

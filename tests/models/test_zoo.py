@@ -96,7 +96,7 @@ def test_unknown_name_tells_its_neighbours():
         ({"base": "PE-Core-T16-384", "vision": {"image_size": 100}}, "not a multiple of patch_size=16"),
         (
             {"base": "PE-Core-T16-384", "vision": {"remat": "all"}},
-            "remat='all' is unknown; use one of none, dots, block",
+            "remat='all' is unknown; use one of none, dots, no_up, attention, block",
         ),
         ({"base": "PE-Core-G14-448", "vision": {"pool": "class"}}, "needs class_token=True"),
         ({"base": "PE-Core-G14-448", "vision": {"pool": "none"}}, "has no use; set it to None"),
