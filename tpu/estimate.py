@@ -16,10 +16,9 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 
 from tpu import hlo
-from tpu.chips import HOP_SECONDS, Wiring
+from tpu.chips import HOP_SECONDS, Chip, Wiring
 
 READINGS = ("roofline", "middle", "cycles")
 # Vector operations per element; what is not named takes one. Measured on none: counts of the polynomials used.
@@ -27,28 +26,14 @@ _OPERATIONS = {
     "erf": 24, "tanh": 16, "exponential": 8, "exponential-minus-one": 10, "log": 12, "log-plus-one": 14, "divide": 8,
     "rsqrt": 6, "sqrt": 8, "logistic": 16, "power": 24, "cosine": 24, "sine": 24,
 }  # fmt: skip
+KERNEL_OPERATIONS = 20  # on the vector unit for each logit of attention: scale, maximum, exponential, sum, casts
 _NO_OPERATION = frozenset(
-    [
-        "parameter",
-        "constant",
-        "bitcast",
-        "tuple",
-        "get-tuple-element",
-        "broadcast",
-        "iota",
-        "reshape",
-        "copy",
-        "transpose",
-        "slice",
-        "dynamic-slice",
-        "dynamic-update-slice",
-        "concatenate",
-        "pad",
-        "convolution",
-        "dot",
+    {
+        "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "broadcast", "iota", "reshape", "copy",
+        "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad", "convolution", "dot",
         "custom-call",
-    ]
-)
+    }
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -67,15 +52,14 @@ class Estimate:
         return {reading: model_flops / (seconds * peak) for reading, seconds in self.seconds.items()}
 
 
-def estimate(program: hlo.Program, wiring: Wiring, *, kernels: Mapping[str, float] | None = None) -> Estimate:
+def estimate(program: hlo.Program, wiring: Wiring) -> Estimate:
     """Walks a program's schedule.
 
     Args:
       program: as compiled for the devices of `wiring`.
       wiring: the slice.
-      kernels: FLOPs of one call by the name of a kernel, for those whose text does not say.
     """
-    walks = {reading: _Walk(program, wiring, reading, kernels or {}) for reading in READINGS}
+    walks = {reading: _Walk(program, wiring, reading) for reading in READINGS}
     for walk in walks.values():
         walk.run()
     middle = walks["middle"]
@@ -92,9 +76,8 @@ def estimate(program: hlo.Program, wiring: Wiring, *, kernels: Mapping[str, floa
 class _Walk:
     """One reading: a clock, and what is under way beside the core."""
 
-    def __init__(self, program: hlo.Program, wiring: Wiring, reading: str, kernels: Mapping[str, float]):
+    def __init__(self, program: hlo.Program, wiring: Wiring, reading: str):
         self.program, self.wiring, self.chip, self.reading = program, wiring, wiring.chip, reading
-        self.kernels = kernels
         self.now = self.exposed = self.waited = self.kernel_flops = 0.0
         self.wire: collections.Counter[str] = collections.Counter()
         self.lines: collections.Counter[str] = collections.Counter()
@@ -107,6 +90,7 @@ class _Walk:
         copies_free = 0.0  # when the copy engine is done with what it was given
         links_free: dict[int, float] = collections.defaultdict(float)
         ready: dict[str, float] = {}  # by the name of a start: when its result is there
+        label: dict[str, str] = {}  # and what is waited for
         begun: dict[str, str] = {}  # a value that only hands a start on → that start
         for one in self.program.computations[name].values():
             before, opcode = self.now, one.opcode
@@ -135,22 +119,23 @@ class _Walk:
                     for dimension in dimensions:
                         links_free[dimension] = start + seconds
                     ready[one.name] = max(ready.get(one.name, 0.0), start + seconds)
+                label[one.name] = f"waiting for {sends[0].kind}, {self.program.source(one)}"
                 if asynchronous:
                     begun[one.name] = one.name
                 else:
                     self.now = max(self.now, ready[one.name])
                     self.exposed += (self.now - before) * times
-                    self.lines["collectives waited for"] += (self.now - before) * times
+                    self.lines[label[one.name]] += (self.now - before) * times
                 continue
             if opcode.endswith("-done") or "collective-done" in one.name:
-                self.now = max([self.now, *(ready[start] for start in handed if start in ready)])
-                collective = "copy" not in opcode and "slice" not in opcode
-                if collective:
-                    self.exposed += (self.now - before) * times
-                else:
-                    self.waited += (self.now - before) * times
-                label = "collectives waited for" if collective else "copies waited for"
-                self.lines[label] += (self.now - before) * times
+                last = max((start for start in handed if start in ready), key=lambda start: ready[start], default=None)
+                if last is not None and ready[last] > self.now:
+                    wait, self.now = ready[last] - self.now, ready[last]
+                    if last in label:
+                        self.exposed += wait * times
+                    else:
+                        self.waited += wait * times
+                    self.lines[label.get(last, "waiting for a copy between memories")] += wait * times
                 continue
             if handed and opcode == "fusion":  # a collective goes on inside this fusion's work
                 begun[one.name] = handed[-1]
@@ -190,13 +175,14 @@ class _Walk:
         """How long the core works on an instruction, and the bytes it moves through HBM."""
         moved = self.program.traffic(computation, one)
         flops = self._padded_flops(computation, one)
-        kernel = _kernel_flops(one, self.kernels) if one.opcode == "custom-call" else 0.0
-        self.kernel_flops += kernel * times
-        roofline = max((flops + kernel) / self.chip.peak, moved / self.chip.hbm_rate)
+        if one.opcode == "custom-call" and (kernel := _Kernel.of(one)):
+            self.kernel_flops += kernel.flops * times
+            return kernel.seconds(self.chip, moved, self.reading), moved
+        roofline = max(flops / self.chip.peak, moved / self.chip.hbm_rate)
         expected = one.cycles / self.chip.clock
         if self.reading == "roofline":
             return roofline, moved
-        if self.reading == "middle" and not flops and not kernel:
+        if self.reading == "middle" and not flops:
             vector = self._operations(one) / (self.chip.lanes * self.chip.clock)
             return (max(roofline, min(expected, vector)) if expected else roofline), moved
         return max(roofline, expected), moved
@@ -246,8 +232,29 @@ def _copied(one: hlo.Instruction) -> float:
     return min((hlo.nbytes(part) for part in parts if math.prod(part[1]) > 1), default=0.0)
 
 
-def _kernel_flops(one: hlo.Instruction, kernels: Mapping[str, float]) -> float:
-    """FLOPs of one call of a Pallas kernel: as its author told the compiler, or as `kernels` has them by its name."""
-    if told := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', one.rest):
-        return float(told[1])
-    return next((flops for name, flops in kernels.items() if name in one.name or name in one.rest[:4000]), 0.0)
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A Pallas kernel, whose text shows nothing but what its author told the compiler."""
+
+    flops: float
+    exponentials: float
+    width: int  # the narrow side of its products, as its name ends: "_h96"
+
+    @classmethod
+    def of(cls, one: hlo.Instruction) -> "_Kernel | None":
+        told = re.search(r'"cost_estimate":\{([^}]*)\}', one.rest)
+        if not told:
+            return None
+        figures = {name: float(n) for name, n in re.findall(r'"(\w+)":"?(\d+)', told[1])}
+        width = re.search(r"_h(\d+)", one.name)
+        return cls(figures.get("flops", 0), figures.get("transcendentals", 0), int(width[1]) if width else 0)
+
+    def seconds(self, chip: Chip, moved: float, reading: str) -> float:
+        """Matrix work in whole tiles and bytes; but for the roofline, then the vector work on each logit, one after
+        the other; and twice that for the pessimist, since nobody has timed it."""
+        padding = -(-self.width // chip.tile) * chip.tile / self.width if self.width else 1.0
+        matrix, stream = self.flops * padding / chip.peak, moved / chip.hbm_rate
+        if reading == "roofline":
+            return max(matrix, stream)
+        vector = self.exponentials * KERNEL_OPERATIONS / (chip.lanes * chip.clock)
+        return max(matrix + vector, stream) * (2 if reading == "cycles" else 1)

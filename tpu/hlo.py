@@ -222,10 +222,7 @@ class Program:
             doubled = 2 if not names else 1
             return read + doubled * size(instruction.shape, hbm_only=True, padded=True)
         total, in_place = 0.0, set()
-        users: dict[str, list[Instruction]] = collections.defaultdict(list)
         for each in body.values():
-            for name in each.operands:
-                users[name].append(each)
             if each.opcode == "dynamic-update-slice":
                 in_place.add(_through(body, each.operands[0]))
                 total += size(body[each.operands[1]].shape, padded=True)
@@ -234,13 +231,8 @@ class Program:
                 continue
             number = int(each.rest.partition(")")[0])
             shape = outer[instruction.operands[number]].shape
-            by = _users(users, each.name)
-            if each.name in in_place or "S(" in shape:
-                continue
-            if by and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in by):
-                total += sum(min(size(user.shape, padded=True), size(shape, padded=True)) for user in by)
-            else:
-                total += size(shape, hbm_only=True, padded=True)
+            if each.name not in in_place and "S(" not in shape:
+                total += min(self._read(body, each.name), size(shape, hbm_only=True, padded=True))
         written = [part for part in arrays(instruction.shape) if "S(" not in part[2]]
         updated = sorted(math.prod(arrays(body[name].shape)[0][1]) for name in in_place if name in body)
         for kind, sizes, layout in written:
@@ -248,6 +240,25 @@ class Program:
                 updated.remove(math.prod(sizes))
             else:
                 total += nbytes((kind, sizes, layout))
+        return total
+
+    def _read(self, body: dict[str, Instruction], name: str) -> float:
+        """Bytes of a value that the rest of a computation reads: of a slice of it only the slice."""
+        total = 0.0
+        for user in body.values():
+            if user.opcode == "parameter" or name not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += size(user.shape, padded=True)
+            elif user.opcode == "bitcast":
+                total += self._read(body, user.name)
+            elif user.opcode == "fusion":
+                inner = self.computations[user.attribute("calls") or ""]
+                number = f"{user.operands.index(name)})"
+                inside = next(p for p in inner.values() if p.opcode == "parameter" and p.rest.startswith(number))
+                total += self._read(inner, inside.name)
+            else:
+                return float("inf")
         return total
 
     def source(self, instruction: Instruction) -> str:
@@ -260,31 +271,12 @@ class Program:
 
 # They move nothing, or what they move is counted apart.
 _FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "partition-id",
-        "after-all",
-        "iota",
-        "while",
-        "conditional",
-        "call",
-        "copy-start",
-        "copy-done",
-        "slice-start",
-        "slice-done",
-        "async-start",
-        "async-done",
-        "send",
-        "send-done",
-        "recv",
-        "recv-done",
-        "opt-barrier",
-    ]
-)
+    {
+        "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "after-all", "iota", "while",
+        "conditional", "call", "copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-done",
+        "send", "send-done", "recv", "recv-done", "opt-barrier",
+    }
+)  # fmt: skip
 
 
 def _through(body: dict[str, Instruction], name: str) -> str:
@@ -292,14 +284,6 @@ def _through(body: dict[str, Instruction], name: str) -> str:
     while name in body and body[name].opcode in ("bitcast", "copy", "reshape", "transpose") and body[name].operands:
         name = body[name].operands[0]
     return name
-
-
-def _users(users: dict[str, list[Instruction]], name: str) -> list[Instruction]:
-    """Who uses a value, seen through bitcasts."""
-    found = []
-    for user in users[name]:
-        found += _users(users, user.name) if user.opcode == "bitcast" else [user]
-    return found
 
 
 @dataclasses.dataclass(frozen=True)

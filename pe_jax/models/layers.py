@@ -158,11 +158,27 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B Q D"]:
         """Among the tokens themselves, with `rope` and `causal`; or from `queries`, which see all tokens."""
         if queries is None:
-            qkv = checkpoint_name(self.qkv(tokens), "qkv")
-            return self.out(checkpoint_name(self_attend(qkv, rope, causal=causal, kernel=self.kernel), "attended"))
+            qkv = checkpoint_name(self._project_heads(tokens), "qkv")
+            kernel, head_dim = self.kernel, self.qkv.out_features[-1]
+            attended = self_attend(qkv, head_dim, rope, causal=causal, kernel=kernel)
+            return self._output(checkpoint_name(attended, "attended"))
         (q,) = self._project(queries, slice(0, 1))
         k, v = self._project(tokens, slice(1, 3))
         return self.out(attend(q, k, v))
+
+    def _project_heads(self, x: Array) -> Float[Array, "B N KPH"]:
+        """[B, N, D] → [B, N, K·3·H]: head by head its q, k and v, in one row that no device of `tensor` shares."""
+        dtype, width = self.qkv.dtype, x.shape[-1]
+        kernel = jnp.swapaxes(self.qkv.kernel[...].astype(dtype), 1, 2).reshape(width, -1)
+        bias = jnp.swapaxes(self.qkv.bias[...].astype(dtype), 0, 1).reshape(-1)
+        return jnp.dot(x.astype(dtype), kernel, precision=precision(dtype)) + bias
+
+    def _output(self, x: Float[Array, "B N KH"]) -> Float[Array, "B N D"]:
+        """The output projection of heads that lie side by side."""
+        dtype = self.out.dtype
+        kernel = self.out.kernel[...].astype(dtype)
+        y = jnp.dot(x, kernel.reshape(-1, kernel.shape[-1]), precision=precision(dtype))
+        return y + self.out.bias[...].astype(dtype)
 
     def _project(self, x: Array, part: slice) -> Array:
         """[B, N, D] → [parts, B, N, K, H] by some of q, k and v."""
@@ -173,51 +189,62 @@ class Attention(nnx.Module):
 
 
 def self_attend(
-    qkv: Float[Array, "B N 3 K H"],
+    qkv: Float[Array, "B N KPH"],
+    head_dim: int,
     rope: tuple[np.ndarray, np.ndarray] | None = None,
     *,
     causal: bool = False,
     kernel: str = "auto",
-) -> Float[Array, "B N K H"]:
+) -> Float[Array, "B N KH"]:
     """Attention of tokens among themselves, from their projections; q and k are turned by `rope` first.
 
     Args:
-      qkv: [B, N, 3, K, H].
+      qkv: [B, N, K·3·H]: head by head its q, k and v.
+      head_dim: H.
       rope: tables of `rope_2d`, or None.
       causal: whether tokens see only themselves and earlier ones.
       kernel: one of `KERNELS`, the same numbers by any of them.
+
+    Returns:
+      [B, N, K·H], head by head.
 
     Raises:
       ValueError: if `kernel` was chosen by name and cannot take these arrays.
     """
     if kernel == "auto":
-        kernel = _kernel_for(qkv)
+        kernel = _kernel_for(qkv, head_dim)
     if kernel == "fused":
+        tables = None if rope is None else attention_tpu.Tables(rope)
         run = functools.partial(
             attention_tpu.attention,
-            rope=None if rope is None else attention_tpu.Tables(rope),
+            head_dim=head_dim,
+            rope=tables,
             causal=causal,
             interpret=sharding.platform() != "tpu",
         )
-        return sharding.per_device(run, ("batch", None, None, "heads", None), ("batch", None, "heads", None))(qkv)
-    q, k, v = jnp.moveaxis(qkv, 2, 0)
+        axes = "batch", None, "heads"
+        return sharding.per_device(run, axes, axes)(qkv)
+    parts = qkv.reshape(*qkv.shape[:2], -1, 3, head_dim)
+    q, k, v = (parts[:, :, :, part] for part in range(3))
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     if kernel == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    return attend(q, k, v, causal=causal)
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    else:
+        out = attend(q, k, v, causal=causal)
+    return out.reshape(*qkv.shape[:2], -1)
 
 
-def _kernel_for(qkv: Array) -> str:
+def _kernel_for(qkv: Array, head_dim: int) -> str:
     """The fastest of `KERNELS` that can take these projections on the platform that is being compiled for."""
-    batch, tokens, _, heads, head_dim = qkv.shape
-    batch_ways, head_ways = sharding.ways("batch"), sharding.ways("heads")
-    platform, whole = sharding.platform(), batch % batch_ways == 0 and heads % head_ways == 0
-    if platform == "tpu" and whole:
-        fits = attention_tpu.heads_at_once(heads // head_ways, head_dim, tokens, qkv.dtype.itemsize)
-        return "fused" if fits else "xla"
+    batch, tokens, width = qkv.shape
+    heads, head_ways = width // (3 * head_dim), sharding.ways("heads")
+    platform, size = sharding.platform(), qkv.dtype.itemsize
+    whole = batch % sharding.ways("batch") == 0 and heads % head_ways == 0
+    if platform == "tpu" and whole and attention_tpu.heads_at_once(heads // head_ways, head_dim, tokens, size):
+        return "fused"
     # cuDNN differentiates rows of even length alone.
-    return "cudnn" if platform == "gpu" and qkv.dtype.itemsize == 2 and tokens % 2 == 0 else "xla"
+    return "cudnn" if platform == "gpu" and size == 2 and tokens % 2 == 0 else "xla"
 
 
 def attend(
