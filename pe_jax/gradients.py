@@ -42,6 +42,7 @@ def cached(
     batch: Batch,
     key: Key,
     microbatches: int = 1,
+    embeddings_alone: Callable[[Any, Batch, Key], Batch] | None = None,
 ) -> tuple[Params, Metrics]:
     """The exact gradient of a loss that couples the whole batch, with activations of one micro-batch at a time.
 
@@ -54,6 +55,7 @@ def cached(
         the penalty, a mean over examples, is added to the loss averaged over micro-batches, and so are the metrics.
       loss: (model, embeddings of the whole batch, rows in the batch's order) → (loss, metrics).
       microbatches: how many; each holds every `microbatches`-th example, so that no example changes its device.
+      embeddings_alone: what gives the same embeddings as `embed` for less, where the penalty is dear.
 
     Returns:
       As `whole`.
@@ -78,7 +80,8 @@ def cached(
     parts = {name: _cut(x, microbatches) for name, x in batch.items()}, jax.random.split(key, microbatches)
 
     def embeddings_of(_: None, part: tuple[Batch, Key]) -> tuple[None, Batch]:
-        return None, embed(nnx.merge(graphdef, params), *part)[0]
+        model = nnx.merge(graphdef, params)
+        return None, embeddings_alone(model, *part) if embeddings_alone else embed(model, *part)[0]
 
     def whole_loss(params: Params, embeddings: Batch) -> tuple[jax.Array, Metrics]:
         return loss(nnx.merge(graphdef, params), {name: _joined(x) for name, x in embeddings.items()})

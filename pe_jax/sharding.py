@@ -130,6 +130,8 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> Params:
         for size, logical, names in zip(shape, axes, partition, strict=True):
             names = (names,) if isinstance(names, str) else names or ()
             ways = math.prod(mesh.shape[name] for name in names)
+            if logical == "heads":  # a head is never cut
+                size = variable.get_metadata()["heads"]
             if size % ways:
                 name = "/".join(str(getattr(k, "key", k)) for k in path)
                 raise ValueError(

@@ -49,15 +49,23 @@ class Form:
       merged: for each stored axis, how many of those it merges; 0 is an axis of length 1.
       shares: the stored tensor is cut along its first axis into tensors of this many shares each.
       zero_bias: a further tensor follows, a bias of zeros that we have no parameter for.
+      within: the sizes that the parameter's last axis is seen as, each an axis of its own; "heads" stands for their
+        number, -1 for what is left.
     """
 
     axes: tuple[int, ...]
     merged: tuple[int, ...]
     shares: tuple[int, ...] = (1,)
     zero_bias: bool = False
+    within: tuple[Any, ...] = ()
+
+    def of(self, heads: int) -> "Form":
+        return dataclasses.replace(self, within=tuple(heads if n == "heads" else n for n in self.within))
 
     def store(self, param: np.ndarray) -> list[np.ndarray]:
-        """Ours → stored; views wherever the strides allow, which is everywhere in the table below."""
+        """Ours → stored; views wherever the strides allow, which is everywhere in the table below but for qkv."""
+        if self.within:
+            param = param.reshape(*param.shape[:-1], *self.within)
         lengths = iter(param.shape[axis] for axis in self.axes)
         shape = [math.prod(next(lengths) for _ in range(count)) for count in self.merged]
         whole = param.transpose(self.axes).reshape(shape)
@@ -70,13 +78,15 @@ class Form:
         """Stored → ours, of the given shape."""
         parts = tensors[:-1] if self.zero_bias else tensors
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        return whole.reshape([shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
+        known = math.prod(n for n in self.within if n != -1)
+        seen = (*shape[:-1], *([n if n != -1 else shape[-1] // known for n in self.within] or shape[-1:]))
+        return whole.reshape([seen[axis] for axis in self.axes]).transpose(np.argsort(self.axes)).reshape(shape)
 
 
 _VECTOR, _MATRIX, _CUBE, _SCALAR = (Form(tuple(range(n)), (1,) * n) for n in (1, 2, 3, 0))
 _LINEAR = Form((1, 0), (1, 1))  # ours [in, out], PyTorch's (out, in)
-_QKV, _QKV_BIAS = Form((1, 2, 3, 0), (3, 1)), Form((0, 1, 2), (3,))  # [D, 3, K, H] as (3D, D): q, k, v, heads in a row
-_OUT = Form((2, 0, 1), (1, 2))  # [K, H, D] as (D, K·H)
+_HEADS = ("heads", 3, -1)  # ours lie head by head, its q, k and v; stored are q of all heads, then k, then v
+_QKV, _QKV_BIAS = Form((2, 1, 3, 0), (3, 1), within=_HEADS), Form((1, 0, 2), (3,), within=_HEADS)
 _CONV = Form((3, 2, 0, 1), (1, 1, 1, 1))  # [P, P, 3, D] as (D, 3, P, P)
 
 
@@ -114,7 +124,9 @@ _BLOCKS: tuple[Row, ...] = (
     *_norm("blocks.norm1", f"{_META_BLOCK}.ln_1", f"{_TIMM_BLOCK}.norm1"),
     Row("blocks.attention.qkv.kernel", f"{_META_BLOCK}.attn.in_proj_weight", f"{_TIMM_BLOCK}.attn.qkv.weight", _QKV),
     Row("blocks.attention.qkv.bias", f"{_META_BLOCK}.attn.in_proj_bias", f"{_TIMM_BLOCK}.attn.qkv.bias", _QKV_BIAS),
-    Row("blocks.attention.out.kernel", f"{_META_BLOCK}.attn.out_proj.weight", f"{_TIMM_BLOCK}.attn.proj.weight", _OUT),
+    Row(
+        "blocks.attention.out.kernel", f"{_META_BLOCK}.attn.out_proj.weight", f"{_TIMM_BLOCK}.attn.proj.weight", _LINEAR
+    ),
     Row("blocks.attention.out.bias", f"{_META_BLOCK}.attn.out_proj.bias", f"{_TIMM_BLOCK}.attn.proj.bias"),
     Row("blocks.scale1.gamma", f"{_META_BLOCK}.ls_1.gamma", f"{_TIMM_BLOCK}.gamma_1"),
     *_norm("blocks.norm2", f"{_META_BLOCK}.ln_2", f"{_TIMM_BLOCK}.norm2"),
@@ -144,7 +156,7 @@ _VISION: tuple[Row, ...] = (
         _QKV_BIAS,
         dataclasses.replace(_QKV_BIAS, shares=(1, 2)),
     ),
-    Row("pool.attention.out.kernel", "attn_pool.attn.out_proj.weight", "attn_pool.proj.weight", _OUT),
+    Row("pool.attention.out.kernel", "attn_pool.attn.out_proj.weight", "attn_pool.proj.weight", _LINEAR),
     Row("pool.attention.out.bias", "attn_pool.attn.out_proj.bias", "attn_pool.proj.bias"),
     *_norm("pool.norm", "attn_pool.layernorm", "attn_pool.norm"),
     *_mlp("pool.mlp", "attn_pool.mlp", "attn_pool.mlp"),
@@ -229,8 +241,17 @@ def _slots(config: zoo.Architecture, place: _Place) -> list[_Slot]:
             timm = column == "timm"
             names = [prefix + name.format(block) for name in (row.timm if timm else row.meta).split()]
             shape = leaves[path].shape if block is None else leaves[path].shape[1:]
-            slots.append(_Slot(path, block, tuple(shape), names, (timm and row.timm_form) or row.form))
+            form = ((timm and row.timm_form) or row.form).of(_heads(config, path))
+            slots.append(_Slot(path, block, tuple(shape), names, form))
     return slots
+
+
+def _heads(config: zoo.Architecture, path: _Path) -> int:
+    """Of the attention that a parameter belongs to."""
+    if "text" in path:
+        return config.text.heads
+    vision = _vision(config)
+    return vision.pool_heads if "pool" in path else vision.heads
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -53,27 +53,27 @@ def uniform(limit: float) -> nnx.Initializer:
 
 
 def dense(
-    inputs: tuple[int, ...],
-    outputs: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    inputs: int,
+    outputs: int,
+    axes: tuple[str, str],
     *,
     dtype: Any,
     rngs: nnx.Rngs,
+    heads: int | None = None,
     kernel_init: nnx.Initializer | None = None,
     bias_init: nnx.Initializer | None = None,
-) -> nnx.LinearGeneral:
-    """A linear map from the trailing `inputs` axes to `outputs`, kernel [*inputs, *outputs], bias [*outputs]."""
-    limit = float(np.prod(inputs)) ** -0.5
-    return nnx.LinearGeneral(
+) -> nnx.Linear:
+    """A linear map of the last axis, kernel [in, out], bias [out]; `heads` is how many a "heads" axis holds."""
+    limit = inputs**-0.5
+    return nnx.Linear(
         inputs,
         outputs,
-        axis=tuple(range(-len(inputs), 0)),
         dtype=dtype,
         precision=precision(dtype),
         kernel_init=kernel_init or uniform(limit),
         bias_init=bias_init or uniform(limit),
-        kernel_metadata={"axes": axes},
-        bias_metadata={"axes": axes[len(inputs) :]},
+        kernel_metadata={"axes": axes, "heads": heads},
+        bias_metadata={"axes": axes[1:], "heads": heads},
         rngs=rngs,
     )
 
@@ -133,20 +133,22 @@ class Attention(nnx.Module):
     def __init__(self, width: int, heads: int, *, kernel: str = "auto", dtype: Any = jnp.float32, rngs: nnx.Rngs):
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}; change either one.")
-        self.kernel = kernel
-        head_dim = width // heads
+        self.heads, self.kernel = heads, kernel
         xavier = uniform((6 / (width + 3 * width)) ** 0.5)  # of the fused [3·D, D] matrix
         zeros = nnx.initializers.zeros_init()
+        # Columns are head by head its q, k and v, in one axis: matrix products, shards and attention take them as they
+        # lie, where axes of their own, 3 and a head's 64 or 96, would be padded to a TPU's tiles and copied.
         self.qkv = dense(
-            (width,),
-            (3, heads, head_dim),
-            ("embed", None, "heads", None),
+            width,
+            3 * width,
+            ("embed", "heads"),
+            heads=heads,
             dtype=dtype,
             rngs=rngs,
             kernel_init=xavier,
             bias_init=zeros,
         )
-        self.out = dense((heads, head_dim), (width,), ("heads", None, "embed"), dtype=dtype, rngs=rngs, bias_init=zeros)
+        self.out = dense(width, width, ("heads", "embed"), heads=heads, dtype=dtype, rngs=rngs, bias_init=zeros)
 
     def __call__(
         self,
@@ -158,39 +160,25 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B Q D"]:
         """Among the tokens themselves, with `rope` and `causal`; or from `queries`, which see all tokens."""
         if queries is None:
-            qkv = checkpoint_name(self._project_heads(tokens), "qkv")
-            kernel, head_dim = self.kernel, self.qkv.out_features[-1]
-            attended = self_attend(qkv, head_dim, rope, causal=causal, kernel=kernel)
-            return self._output(checkpoint_name(attended, "attended"))
+            qkv = checkpoint_name(self.qkv(tokens), "qkv")
+            attended = self_attend(qkv, self.heads, rope, causal=causal, kernel=self.kernel)
+            return self.out(checkpoint_name(attended, "attended"))
         (q,) = self._project(queries, slice(0, 1))
         k, v = self._project(tokens, slice(1, 3))
-        return self.out(attend(q, k, v))
-
-    def _project_heads(self, x: Array) -> Float[Array, "B N KPH"]:
-        """[B, N, D] → [B, N, K·3·H]: head by head its q, k and v, in one row that no device of `tensor` shares."""
-        dtype, width = self.qkv.dtype, x.shape[-1]
-        kernel = jnp.swapaxes(self.qkv.kernel[...].astype(dtype), 1, 2).reshape(width, -1)
-        bias = jnp.swapaxes(self.qkv.bias[...].astype(dtype), 0, 1).reshape(-1)
-        return jnp.dot(x.astype(dtype), kernel, precision=precision(dtype)) + bias
-
-    def _output(self, x: Float[Array, "B N KH"]) -> Float[Array, "B N D"]:
-        """The output projection of heads that lie side by side."""
-        dtype = self.out.dtype
-        kernel = self.out.kernel[...].astype(dtype)
-        y = jnp.dot(x, kernel.reshape(-1, kernel.shape[-1]), precision=precision(dtype))
-        return y + self.out.bias[...].astype(dtype)
+        return self.out(attend(q, k, v).reshape(queries.shape))
 
     def _project(self, x: Array, part: slice) -> Array:
         """[B, N, D] → [parts, B, N, K, H] by some of q, k and v."""
-        dtype = self.qkv.dtype
-        kernel, bias = self.qkv.kernel[:, part].astype(dtype), self.qkv.bias[part].astype(dtype)
-        y = jnp.einsum("bnd,dpkh->pbnkh", x.astype(dtype), kernel, precision=precision(dtype))
-        return y + bias[:, None, None]
+        dtype, width = self.qkv.dtype, x.shape[-1]
+        kernel = self.qkv.kernel[...].reshape(width, self.heads, 3, -1)[:, :, part].astype(dtype)
+        bias = self.qkv.bias[...].reshape(self.heads, 3, -1)[:, part].astype(dtype)
+        y = jnp.einsum("bnd,dkph->pbnkh", x.astype(dtype), kernel, precision=precision(dtype))
+        return y + jnp.swapaxes(bias, 0, 1)[:, None, None]
 
 
 def self_attend(
     qkv: Float[Array, "B N KPH"],
-    head_dim: int,
+    heads: int,
     rope: tuple[np.ndarray, np.ndarray] | None = None,
     *,
     causal: bool = False,
@@ -200,7 +188,7 @@ def self_attend(
 
     Args:
       qkv: [B, N, K·3·H]: head by head its q, k and v.
-      head_dim: H.
+      heads: K.
       rope: tables of `rope_2d`, or None.
       causal: whether tokens see only themselves and earlier ones.
       kernel: one of `KERNELS`, the same numbers by any of them.
@@ -211,8 +199,9 @@ def self_attend(
     Raises:
       ValueError: if `kernel` was chosen by name and cannot take these arrays.
     """
+    head_dim = qkv.shape[-1] // (3 * heads)
     if kernel == "auto":
-        kernel = _kernel_for(qkv, head_dim)
+        kernel = _kernel_for(qkv, heads)
     if kernel == "fused":
         tables = None if rope is None else attention_tpu.Tables(rope)
         run = functools.partial(
@@ -224,7 +213,7 @@ def self_attend(
         )
         axes = "batch", None, "heads"
         return sharding.per_device(run, axes, axes)(qkv)
-    parts = qkv.reshape(*qkv.shape[:2], -1, 3, head_dim)
+    parts = qkv.reshape(*qkv.shape[:2], heads, 3, head_dim)
     q, k, v = (parts[:, :, :, part] for part in range(3))
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
@@ -235,10 +224,10 @@ def self_attend(
     return out.reshape(*qkv.shape[:2], -1)
 
 
-def _kernel_for(qkv: Array, head_dim: int) -> str:
+def _kernel_for(qkv: Array, heads: int) -> str:
     """The fastest of `KERNELS` that can take these projections on the platform that is being compiled for."""
     batch, tokens, width = qkv.shape
-    heads, head_ways = width // (3 * head_dim), sharding.ways("heads")
+    head_dim, head_ways = width // (3 * heads), sharding.ways("heads")
     platform, size = sharding.platform(), qkv.dtype.itemsize
     whole = batch % sharding.ways("batch") == 0 and heads % head_ways == 0
     if platform == "tpu" and whole and attention_tpu.heads_at_once(heads // head_ways, head_dim, tokens, size):
@@ -274,8 +263,8 @@ class MLP(nnx.Module):
     """Linear, exact (erf) GELU, Linear: [..., D] → [..., D]."""
 
     def __init__(self, width: int, hidden: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.up = dense((width,), (hidden,), ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = dense((hidden,), (width,), ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up = dense(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = dense(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(gelu(checkpoint_name(self.up(x), "up")))

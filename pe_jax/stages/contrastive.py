@@ -61,41 +61,58 @@ class Contrastive:
         return not any(path == part or path.startswith(part + "/") for part in self.frozen)
 
     def gradients(self, model: CLIP, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        return gradients.cached(self._embed, self._loss, model, batch, key, self.microbatches)
+        # With DropPath the copies shift what each image draws, so then both passes must have them.
+        alone = None if self.arch.vision.drop_path else self._embeddings
+        return gradients.cached(self._embed, self._loss, model, batch, key, self.microbatches, alone)
 
     def project(self, params: Params) -> Params:
         # Clamped after the update rather than in the loss, so that a gradient can always bring it back.
         return params | {"log_scale": jnp.minimum(params["log_scale"], losses.MAX_LOG_SCALE)}
 
-    def _embed(self, model: CLIP, batch: Batch, key: Key) -> tuple[Batch, jax.Array, Metrics]:
+    def _embeddings(self, model: CLIP, batch: Batch, key: Key) -> Batch:
         text = model.encode_text(batch["text"])
         if "video" in batch:
             clips = batch["video"]
             frames = pixels(clips.reshape(-1, *clips.shape[2:]))
             # Frames are normalised, averaged, and the mean normalised again for the loss (PE §2.2).
-            image = unit(unit(model.vision(frames, key)).reshape(*clips.shape[:2], -1).mean(1))
-            return {"image": image, "text": text}, jnp.zeros(()), {}
-        images = pixels(batch["image"])
-        tokens = model.vision.tokens(images, key)
-        embeddings = {"image": unit(model.vision.head(tokens)), "text": text}
-        if not self.mask_ratio:
-            return embeddings, jnp.zeros(()), {}
-        penalty = self._mask_loss(model, images, tokens, jax.random.fold_in(key, 1))
+            return {"image": unit(unit(model.vision(frames, key)).reshape(*clips.shape[:2], -1).mean(1)), "text": text}
+        return {"image": unit(model.vision(pixels(batch["image"]), key)), "text": text}
+
+    def _embed(self, model: CLIP, batch: Batch, key: Key) -> tuple[Batch, jax.Array, Metrics]:
+        if not self.mask_ratio or "video" in batch:
+            return self._embeddings(model, batch, key), jnp.zeros(()), {}
+        tokens, guessed, masked = self._tokens_and_guesses(model, pixels(batch["image"]), key)
+        embeddings = {"image": unit(model.vision.head(tokens)), "text": model.encode_text(batch["text"])}
+        seen = tokens.reshape(-1, self.mask_every, *tokens.shape[1:])[:, 0]
+        penalty = self._mask_loss(model, seen, guessed, masked)
         return embeddings, self.mask_weight * penalty, {"mask_loss": penalty}
 
-    def _mask_loss(self, model: CLIP, images: jax.Array, tokens: jax.Array, key: Key) -> jax.Array:
-        """1 - cosine between the tokens of hidden patches and of the same patches in plain sight, mean over them."""
+    def _tokens_and_guesses(
+        self, model: CLIP, images: jax.Array, key: Key
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "M N D"], Bool[Array, "M P"]]:
+        """Tokens of the images; those of every `mask_every`-th with patches hidden; and which patches were.
+
+        One pass over both, so that a sharded tower's weights are gathered once. A copy follows its group of images
+        rather than all of them: on any mesh it stays on the device of its original.
+        """
         batch, every, vision = images.shape[0], self.mask_every, model.vision
         if batch % every:
             raise ValueError(f"{batch} images at a time are not a multiple of mask_every={every}; change either one.")
-        # Every so-manieth image rather than the first ones: on any mesh each device copies rows of its own.
-        images, tokens = (x.reshape(-1, every, *x.shape[1:])[:, 0] for x in (images, tokens))
-        patches = tokens.shape[1] - vision.config.class_token
-        hidden, drop = jax.random.split(key)
-        masked = choose(hidden, (images.shape[0], patches), round(self.mask_ratio * patches))
-        seen = lax.stop_gradient(vision.normed(tokens))
-        guessed = vision.normed(vision.tokens(images, drop, masked=masked, mask_token=model.training.mask_token[...]))
-        cosine = jnp.sum(_unit(guessed) * _unit(seen), -1)[:, vision.config.class_token :]
+        patches = (images.shape[1] // vision.config.patch_size) * (images.shape[2] // vision.config.patch_size)
+        groups = images.reshape(-1, every, *images.shape[1:])
+        masked = choose(jax.random.fold_in(key, 1), (batch // every, patches), round(self.mask_ratio * patches))
+        hidden = jnp.zeros((batch // every, every, patches), bool)
+        hidden = jnp.concatenate([hidden, masked[:, None]], 1).reshape(-1, patches)
+        both = jnp.concatenate([groups, groups[:, :1]], 1).reshape(-1, *images.shape[1:])
+        found = vision.tokens(both, key, masked=hidden, mask_token=model.training.mask_token[...])
+        found = found.reshape(-1, every + 1, *found.shape[1:])
+        return found[:, :every].reshape(batch, *found.shape[2:]), found[:, every], masked
+
+    def _mask_loss(self, model: CLIP, seen: jax.Array, guessed: jax.Array, masked: jax.Array) -> jax.Array:
+        """1 - cosine between the tokens of hidden patches and of the same patches in plain sight, mean over them."""
+        vision = model.vision
+        seen = lax.stop_gradient(vision.normed(seen))
+        cosine = jnp.sum(_unit(vision.normed(guessed)) * _unit(seen), -1)[:, vision.config.class_token :]
         return jnp.mean(1 - cosine, where=masked)
 
     def _loss(self, model: CLIP, embeddings: Batch) -> tuple[jax.Array, Metrics]:

@@ -70,9 +70,12 @@ def from_clip_text(module: torch.nn.Module, config: TextConfig, value=lambda p: 
             "norm1": norm("layer_norm1"),
             "norm2": norm("layer_norm2"),
             "attention": {
-                "qkv": {"kernel": np.stack(qkv, 1), "bias": np.stack(bias)},
+                "qkv": {
+                    "kernel": np.stack(qkv, 2).reshape(config.width, -1),  # head by head its q, k and v
+                    "bias": np.stack(bias, 1).reshape(-1),
+                },
                 "out": {
-                    "kernel": leaf[p + "self_attn.out_proj.weight"].T.reshape(heads, dim, config.width),
+                    "kernel": leaf[p + "self_attn.out_proj.weight"].T,
                     "bias": leaf[p + "self_attn.out_proj.bias"],
                 },
             },

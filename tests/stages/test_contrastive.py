@@ -57,8 +57,7 @@ def test_the_loss_is_one_minus_cosine_on_hidden_patches_of_every_fourth_image():
     graphdef, params = parts(STAGE)
     _, metrics = gradients_of(STAGE, params, graphdef)
     model = nnx.merge(graphdef, params)
-    hidden, _ = jax.random.split(jax.random.fold_in(jax.random.key(2), 1))
-    masked = choose(hidden, (4, PATCHES), 6)
+    masked = choose(jax.random.fold_in(jax.random.key(2), 1), (4, PATCHES), 6)
     images = pixels(jnp.asarray(batch()["image"][::4]))
     seen = model.vision.normed(model.vision.tokens(images))[:, 1:]
     guess = model.vision.normed(model.vision.tokens(images, masked=masked, mask_token=model.training.mask_token[...]))[
@@ -86,20 +85,19 @@ def test_the_two_losses_add_and_neither_moves_the_others_part():
 def test_the_tokens_that_are_aimed_at_receive_no_gradient():
     graphdef, params = parts(STAGE)
     target = nnx.merge(graphdef, params)
-    images, key = pixels(jnp.asarray(batch()["image"])), jax.random.key(5)
+    data, key = jax.tree.map(jnp.asarray, batch()), jax.random.key(5)
+    images = pixels(data["image"])
     tokens = target.vision.tokens(images)
 
     def by_stage(params):
-        model = nnx.merge(graphdef, params)
-        return STAGE._mask_loss(model, images, model.vision.tokens(images), key)
+        return STAGE._embed(nnx.merge(graphdef, params), data, key)[1]
 
     def with_constant_target(params):
         # `normed` of the target is constant, too: only the guess depends on the parameters.
         model = nnx.merge(graphdef, params)
-        hidden, drop = jax.random.split(key)
-        masked = choose(hidden, (4, PATCHES), 6)
+        masked = choose(jax.random.fold_in(key, 1), (4, PATCHES), 6)
         guess = model.vision.normed(
-            model.vision.tokens(images[::4], drop, masked=masked, mask_token=model.training.mask_token[...])
+            model.vision.tokens(images[::4], masked=masked, mask_token=model.training.mask_token[...])
         )
         a, b = (unit(x[:, 1:].reshape(-1, 32)) for x in (guess, target.vision.normed(tokens[::4])))
         return jnp.mean(1 - jnp.sum(a * b, -1), where=masked.reshape(-1))
@@ -107,6 +105,15 @@ def test_the_tokens_that_are_aimed_at_receive_no_gradient():
     got, want = jax.grad(by_stage)(params), jax.grad(with_constant_target)(params)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_copies_change_no_embedding_so_the_first_pass_of_micro_batches_may_do_without():
+    graphdef, params = parts(STAGE)
+    model = nnx.merge(graphdef, params)
+    data = jax.tree.map(jnp.asarray, batch())
+    with_copies, _, _ = STAGE._embed(model, data, jax.random.key(3))
+    alone = STAGE._embeddings(model, data, jax.random.key(3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), with_copies, alone)
 
 
 def test_micro_batches_work_with_masks_and_drop_path():
