@@ -1,5 +1,5 @@
 # Two commands to begin with: `make demo` and `make test`. Each makes .venv itself; all they need is Python 3.11-3.13.
-.PHONY: help demo test test-full parity curation lint types docs bench clean
+.PHONY: help demo test test-full parity curation aot lint types docs bench clean
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -15,6 +15,7 @@ help:
 	@echo "make test       the tests; no torch, no network"
 	@echo "make parity     equality with torch, timm, open_clip, transformers; ARGS='-k word' chooses"
 	@echo "make curation   the tests of the Apache Beam program"
+	@echo "make aot        compile for TPU slices that are not here; needs no TPU"
 	@echo "make test-full  the long tests too"
 	@echo "make bench      speed beside the peers"
 	@echo "make lint types docs clean"
@@ -50,6 +51,15 @@ help:
 	.venv-curation/bin/python -m pip install --quiet -e ".[curation,viz]" pytest beartype
 	@touch $@
 
+# libtpu compiles for TPUs without one; apart, so that jax elsewhere never looks for a TPU.
+.venv-tpu/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "pe_jax needs Python 3.11, 3.12 or 3.13 on PATH, or PYTHON=/path/to/python"; exit 1; }
+	@echo "Making .venv-tpu with libtpu (a minute or two, once) ..."
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --upgrade pip
+	.venv-tpu/bin/python -m pip install --quiet -e ".[tpu]" pytest beartype
+	@touch $@
+
 demo: .venv/ready
 	rm -rf demo
 	$(BIN)/pe-jax data digits demo/digits
@@ -73,6 +83,9 @@ parity: .venv-parity/ready
 curation: .venv-curation/ready
 	.venv-curation/bin/python -m pytest tests/engine $(ARGS)
 
+aot: .venv-tpu/ready
+	.venv-tpu/bin/python -m pytest tests/tpu -rs $(ARGS)
+
 lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -89,4 +102,4 @@ bench: .venv-parity/ready
 	$(PARITY)/python -m benchmarks.loader $(ARGS)
 
 clean:
-	rm -rf .venv .venv-parity .venv-curation demo runs build *.egg-info
+	rm -rf .venv .venv-parity .venv-curation .venv-tpu demo runs build *.egg-info

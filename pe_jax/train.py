@@ -356,8 +356,7 @@ class _Loop:
         last = sum(each.steps for each in run.phases[: number + 1])
         if self.step >= last:
             return
-        # a backward pass costs two forward ones; recomputation is not the model's
-        flops = 3 * zoo.forward_flops(run.stage.arch, phase.image_size) * phase.batch_size
+        flops = phase.stage.update_flops(phase.image_size) * phase.batch_size
         with pipeline.create(
             run.data,
             batch_size=phase.batch_size,

@@ -1,12 +1,15 @@
-"""Compiles an experiment's very train step for a TPU slice that is not held, and says what each chip would hold.
+"""Compiles an experiment's very train step for a TPU slice that is not held: what it holds, sends, and may take.
 
-  python -m tpu.aot --config=experiments/pretrain_core.py:B16 --topology=v5e:4x4 --mesh data=4,fsdp=4 --batch=4096
+  python -m tpu.aot --config=experiments/pretrain_core.py:G14,micro=8 --topology=v5e:16x16 --mesh data=16,fsdp=16
+  python -m tpu.aot --config=experiments/pretrain_core.py:B16 --topology=v5e:4x4 --sweep --html=sweep.html
+  python -m tpu.aot --config=experiments/pretrain_core.py:L14 --topology=v5e --smallest
 
 Needs libtpu (`pip install "pe-jax[tpu]"`) and no TPU. Bytes are the compiler's own; FLOPs and collectives are counted
-in the compiled program, loops in full. Nothing is run.
+in the compiled program, loops in full; times are estimates with a band (`tpu.estimate`). Nothing is run.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
@@ -14,6 +17,7 @@ import pathlib
 import re
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,10 +30,20 @@ import jax
 import numpy as np
 
 from pe_jax import sharding, train
-from pe_jax.models import zoo
-from tpu import hlo
+from pe_jax.models.layers import REMAT_POLICIES
+from tpu import chips, hlo, page
+from tpu.estimate import estimate
 
 GIB = 2**30
+# Slices by the compiler's names, the smallest first; v4's and v5p's are bricks of a torus.
+SLICES = {
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+# What libtpu looks for at start-up; any size of the family will do to compile for all of them.
+_ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
 
 
 def config_of(given: str) -> dict[str, Any]:
@@ -53,25 +67,43 @@ def mesh_of(given: str) -> dict[str, int]:
         raise ValueError(f"--mesh {given!r} is not AXIS=SIZE,AXIS=SIZE; one size may be -1.") from None
 
 
-def report(config: dict[str, Any], topology: str, *, phase: int = -1) -> dict[str, Any]:
+def devices_of(topology: str, slices: int = 1) -> list[Any]:
+    """The devices of so many slices of a topology, described by the compiler.
+
+    Raises:
+      ValueError: if the compiler does not know the topology.
+    """
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", _ACCELERATORS.get(topology.partition(":")[0], "v5litepod-4"))
+    more = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(topology, platform="tpu", **more).devices)
+    except (jax.errors.JaxRuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"topology {topology!r} is unknown to the compiler ({str(error).splitlines()[0][:120]}); give a kind and "
+            "its sides, such as v5e:16x16, v6e:8x8, v4:4x4x4 or v5p:4x4x8."
+        ) from None
+
+
+def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1) -> dict[str, Any]:
     """Compiles the update of one phase for a slice and reads what the compiler made of it.
 
     Args:
       config: as an experiment's `get_config` returns it, in plain dicts; its mesh is laid over the slice.
       topology: a slice by the compiler's name, such as "v5e:16x16".
+      slices: how many of them, joined by the data centre's network.
       phase: which of the config's phases, the last by default.
 
     Returns:
-      Figures by name, bytes and FLOPs per chip. A program that does not fit has `fits` False and `refused`, the
-      compiler's own words.
+      Figures by name; bytes, FLOPs and seconds per chip. A program that does not fit has `fits` False, and `needs`
+      and `holds` in bytes.
 
     Raises:
       ValueError: if the config is wrong, or its mesh and batch do not fit the slice.
     """
-    from jax.experimental import topologies
-
     run = train.parse(config)
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    devices = devices_of(topology, slices)
     mesh, chosen = sharding.make_mesh(run.mesh, devices), run.phases[phase]
     if chosen.batch_size % sharding.batch_ways(mesh):
         raise ValueError(
@@ -84,14 +116,19 @@ def report(config: dict[str, Any], topology: str, *, phase: int = -1) -> dict[st
         "text": ((chosen.batch_size, run.stage.arch.text.context_length), np.int32),
     }
     batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in shapes.items()}
-    model_flops = 3 * zoo.forward_flops(run.stage.arch, chosen.image_size) * chosen.batch_size / len(devices)
     figures: dict[str, Any] = {
         "topology": topology,
+        "slices": slices,
         "chips": len(devices),
-        "mesh": dict(mesh.shape),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "image_size": chosen.image_size,
         "batch_size": chosen.batch_size,
-        "model_flops": model_flops,
+        "microbatches": getattr(chosen.stage, "microbatches", 1),
+        "remat": chosen.stage.arch.vision.remat,
+        "parameter_bytes": _bytes_on_one(abstract.params),
+        "optimizer_bytes": _bytes_on_one(abstract.opt_state),
+        "batch_bytes": _bytes_on_one(batch),
+        "model_flops": chosen.stage.update_flops(chosen.image_size) * chosen.batch_size / len(devices),
     }
     begun = time.perf_counter()
     try:
@@ -100,70 +137,245 @@ def report(config: dict[str, Any], topology: str, *, phase: int = -1) -> dict[st
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        told = re.search(r"Used [^.]*\.\d+\w? of [^.]*\.\d+\w? hbm[^.]*\.\d*\w*", str(error))
-        return figures | {"fits": False, "refused": told[0] if told else str(error)[:300]}
+        return figures | {"fits": False, "compile_seconds": time.perf_counter() - begun} | _refusal(str(error))
+    figures["compile_seconds"] = time.perf_counter() - begun
     memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+    wiring = chips.Wiring.of(list(mesh.devices.flat))
+    guess = estimate(program, wiring)
     return figures | {
         "fits": True,
-        "compile_seconds": time.perf_counter() - begun,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "executed_flops": program.total_flops(),
-        "collectives": [
-            {"kind": kind, "group": group, "count": count, "bytes": moved}
-            for (kind, group), (count, moved) in sorted(program.collectives().items())
+        "holds": wiring.chip.hbm,
+        "executed_flops": program.total_flops() + guess.kernel_flops,
+        "seconds": guess.seconds,
+        "mfu": guess.mfu(figures["model_flops"], wiring.chip.peak),
+        "exposed_seconds": guess.exposed,
+        "collectives": _collectives(program, mesh),
+        "lines": [{"line": line, "seconds": seconds} for line, seconds in guess.lines[:12]],
+        "buffers": [
+            {"bytes": size, "shape": shape, "line": line} for size, shape, line in program.largest_arrays()[:8]
         ],
     }
 
 
-def table(figures: dict[str, Any]) -> str:
+def _bytes_on_one(tree: Any) -> int:
+    """Of an abstract tree with shardings, on one device, before any padding."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _refusal(told: str) -> dict[str, Any]:
+    """What a program needs and what a chip has, from the compiler's words."""
+    amount = r"\(?([\d.]+)([KMG])\)?"
+    found = re.search(rf"(?:Used |temporaries ){amount} (?:of|exceeds available HBM) {amount}", told)
+    if not found:
+        return {"refused": told[:300]}
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return {"needs": float(found[1]) * unit[found[2]], "holds": float(found[3]) * unit[found[4]]}
+
+
+def _collectives(program: hlo.Program, mesh: jax.sharding.Mesh) -> list[dict[str, Any]]:
+    """What is sent, by kind and by the mesh axes it crosses."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for _, one, times in program.executed():
+        for each in program.sends(one):
+            places = np.array(np.unravel_index(each.group or (0,), mesh.devices.shape))
+            crossed = [axis for axis, row in zip(mesh.axis_names, places, strict=True) if len(set(row.tolist())) > 1]
+            row = found.setdefault((each.kind, "·".join(crossed) or "-"), [0, 0.0])
+            row[0] += times
+            row[1] += times * each.moved
+    return [
+        {"kind": kind, "axes": axes, "count": int(count), "bytes": moved}
+        for (kind, axes), (count, moved) in sorted(found.items(), key=lambda item: -item[1][1])
+    ]
+
+
+def table(figures: Mapping[str, Any]) -> str:
     """The figures of `report` for people."""
+    several = f"{figures['slices']} slices of " if figures["slices"] > 1 else ""
     lines = [
-        f"{figures['topology']} ({figures['chips']} chips), mesh {figures['mesh']}, "
-        f"batch {figures['batch_size']:,} at {figures['image_size']} px; per chip:"
+        f"{several}{figures['topology']}, {figures['chips']} chips as {figures['mesh']}: "
+        f"batch {figures['batch_size']:,} at {figures['image_size']} px, {figures['microbatches']} micro-batches, "
+        f"remat {figures['remat']}; per chip:",
+        f"  parameters        {figures['parameter_bytes'] / GIB:8.2f} GiB",
+        f"  optimizer state   {figures['optimizer_bytes'] / GIB:8.2f} GiB",
+        f"  batch             {figures['batch_bytes'] / GIB:8.2f} GiB",
     ]
     if not figures["fits"]:
-        advice = "Raise stage.microbatches, cut parameters over more of fsdp, or take a larger slice."
-        return "\n".join([*lines, f"  does not fit: {figures['refused']}", f"  {advice}"])
+        return "\n".join([*lines, f"  does not fit: {_told(figures)}", f"  {ADVICE}"])
+    whole = figures["argument_bytes"] + figures["temporary_bytes"]
+    mfu, seconds = figures["mfu"], figures["seconds"]
     lines += [
-        f"  parameters, optimizer state and batch  {figures['argument_bytes'] / GIB:8.2f} GiB",
-        f"  temporaries                            {figures['temporary_bytes'] / GIB:8.2f} GiB",
-        f"  model FLOPs of a step                  {figures['model_flops'] / 1e12:8.1f} TFLOPs",
-        f"  executed matrix FLOPs                  {figures['executed_flops'] / 1e12:8.1f} TFLOPs, "
-        f"{figures['executed_flops'] / figures['model_flops']:.2f} of the model's",
-        f"  compiled in                            {figures['compile_seconds']:8.0f} s",
-        "  collectives (devices in a group, how many, bytes of results)",
+        f"  temporaries       {figures['temporary_bytes'] / GIB:8.2f} GiB",
+        f"  together          {whole / GIB:8.2f} of {figures['holds'] / GIB:.2f} GiB, "
+        f"{1 - whole / figures['holds']:.0%} to spare",
+        f"  model FLOPs       {figures['model_flops'] / 1e12:8.4g} T; executed "
+        f"{figures['executed_flops'] / figures['model_flops']:.2f} times as many",
+        f"  step              {seconds['middle']:8.3g} s estimated ({seconds['roofline']:.3g} at the roofline, "
+        f"{seconds['cycles']:.3g} by the compiler's cycles)",
+        f"  MFU               {mfu['middle']:8.1%} estimated ({mfu['cycles']:.1%} to {mfu['roofline']:.1%})",
+        f"  waiting for links {figures['exposed_seconds'] / seconds['middle']:8.1%} of the step",
+        f"  compiled in       {figures['compile_seconds']:8.0f} s",
+        "  collectives (over which axes, how many, bytes of the arrays)",
     ]
     for each in figures["collectives"]:
-        lines.append(f"    {each['kind']:20} {each['group']:5} {each['count']:7,} {each['bytes'] / 2**20:12,.1f} MiB")
+        lines.append(f"    {each['kind']:18} {each['axes']:12} {each['count']:7,} {each['bytes'] / 2**20:12,.1f} MiB")
+    lines.append("  where the time goes")
+    for each in figures["lines"]:
+        lines.append(f"    {each['seconds'] / seconds['middle']:6.1%}  {each['line']}")
+    lines.append("  the largest arrays")
+    for each in figures["buffers"]:
+        lines.append(f"    {each['bytes'] / 2**20:10,.0f} MiB  {each['shape']}  {each['line']}")
     return "\n".join(lines)
+
+
+ADVICE = "Raise stage.microbatches, take a remat that keeps less, cut over more of fsdp, or take a larger slice."
+
+
+def _told(figures: Mapping[str, Any]) -> str:
+    if "needs" not in figures:
+        return figures["refused"]
+    needs, holds = figures["needs"], figures["holds"]
+    return f"it needs {needs / GIB:.2f} GiB of {holds / GIB:.2f}, {(needs - holds) / GIB:.2f} too many."
+
+
+def changed(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """The config with another mesh, batch, remat of both towers, or number of micro-batches; None leaves it."""
+    new = copy.deepcopy(dict(config))
+    if given.get("mesh"):
+        new["mesh"] = given["mesh"]
+    if given.get("batch"):
+        new["batch_size"] = given["batch"]
+        for phase in new["phases"]:
+            phase.pop("batch_size", None)
+    if given.get("micro"):
+        new["stage"]["microbatches"] = given["micro"]
+    if given.get("remat"):
+        arch = new["stage"]["arch"]
+        arch = {"base": arch} if isinstance(arch, str) else arch
+        new["stage"]["arch"] = arch | {
+            part: dict(arch.get(part, {})) | {"remat": given["remat"]} for part in ("vision", "text")
+        }
+    return new
+
+
+def sweep(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1) -> Iterator[dict[str, Any]]:
+    """Reports of meshes x remat policies x micro-batches.
+
+    A choice that keeps less is tried only where one that keeps more did not fit: it would only be slower.
+    """
+    count = len(devices_of(topology, slices))
+    width = train.parse(config).stage.arch.vision.width
+    for fsdp in [2**i for i in range(count.bit_length()) if 2**i <= count and width % 2**i == 0]:
+        mesh = {"data": -1, "fsdp": fsdp}
+        for micro in (1, 2, 4, 8, 16, 32, 64):
+            fitted = False
+            for remat in REMAT_POLICIES:
+                try:
+                    tried = changed(config, mesh=mesh, micro=micro, remat=remat)
+                    figures = report(tried, topology, slices=slices, phase=phase)
+                except ValueError:  # this batch does not cut so
+                    continue
+                yield figures
+                if fitted := figures["fits"]:
+                    break
+            if fitted:
+                break  # more micro-batches only send the weights more often
+
+
+def ranked(reports: list[dict[str, Any]]) -> str:
+    """One line for each report, the fastest first; then what does not fit."""
+    fitting = sorted((r for r in reports if r["fits"]), key=lambda r: r["seconds"]["middle"])
+    lines = ["   MFU     band          step     GiB   chips  mesh, micro-batches, remat"]
+    for r in fitting:
+        mfu, whole = r["mfu"], (r["argument_bytes"] + r["temporary_bytes"]) / GIB
+        band = f"{mfu['cycles']:.1%}-{mfu['roofline']:.1%}"
+        how = f"{r['mesh']}, {r['microbatches']}, {r['remat']}"
+        lines.append(
+            f"{mfu['middle']:6.1%}  {band:13} {r['seconds']['middle']:7.3f} s {whole:6.2f} {r['chips']:6}  {how}"
+        )
+    for r in reports:
+        if not r["fits"]:
+            lines.append(f"  does not fit: {r['mesh']}, {r['microbatches']}, {r['remat']}: {_told(r)}")
+    return "\n".join(lines)
+
+
+def smallest(config: Mapping[str, Any], kind: str, *, phase: int = -1) -> Iterator[dict[str, Any]]:
+    """Reports of ever larger slices, parameters cut over all chips (as far as they divide), until one fits.
+
+    Raises:
+      ValueError: for a kind of chip whose slices are not known.
+    """
+    if kind not in SLICES:
+        raise ValueError(f"--topology={kind}: with --smallest give a kind of chip, one of {', '.join(SLICES)}.")
+    width = train.parse(config).stage.arch.vision.width
+    for sides in SLICES[kind]:
+        topology = f"{kind}:{sides}"
+        count = len(devices_of(topology))
+        fsdp = max(2**i for i in range(count.bit_length()) if width % 2**i == 0 and count % 2**i == 0)
+        try:
+            figures = report(changed(config, mesh={"data": -1, "fsdp": fsdp}), topology, phase=phase)
+        except ValueError as error:
+            if "does not cut" not in str(error):
+                raise
+            continue
+        yield figures
+        if figures["fits"]:
+            return
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="experiments/X.py")
-    parser.add_argument("--topology", required=True, help="a slice, such as v5e:16x16 or v5p:4x4x2")
+    parser.add_argument("--topology", required=True, help="a slice, such as v5e:16x16; with --smallest a kind, v5e")
+    parser.add_argument("--slices", type=int, default=1, help="how many, joined by the data centre's network")
     parser.add_argument("--mesh", metavar="AXIS=SIZE,...", help="default: the config's")
     parser.add_argument("--batch", type=int, help="global batch; default: the config's")
+    parser.add_argument("--micro", type=int, help="micro-batches of an update; default: the config's")
+    parser.add_argument(
+        "--remat", choices=list(REMAT_POLICIES), help="what backward passes keep; default: the config's"
+    )
     parser.add_argument("--phase", type=int, default=-1, help="which phase; default: the last")
+    parser.add_argument("--sweep", action="store_true", help="try meshes, remat policies and micro-batches; rank them")
+    parser.add_argument("--smallest", action="store_true", help="find the smallest slice of a kind that it fits")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the figures there too")
+    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write a page with plots there too")
     args = parser.parse_args(argv)
     try:
-        config = config_of(args.config)
-        if args.mesh:
-            config["mesh"] = mesh_of(args.mesh)
-        if args.batch:
-            config["batch_size"] = args.batch
-            for phase in config["phases"]:
-                phase.pop("batch_size", None)
-        figures = report(config, args.topology, phase=args.phase)
+        mesh = mesh_of(args.mesh) if args.mesh else None
+        config = changed(config_of(args.config), mesh=mesh, batch=args.batch, micro=args.micro, remat=args.remat)
+        if args.smallest:
+            tries = smallest(config, args.topology, phase=args.phase)
+        elif args.sweep:
+            tries = sweep(config, args.topology, slices=args.slices, phase=args.phase)
+        else:
+            tries = iter([report(config, args.topology, slices=args.slices, phase=args.phase)])
+        reports = []
+        for figures in tries:
+            reports.append(figures)
+            if args.sweep or args.smallest:
+                told = f"{figures['mfu']['middle']:.1%}" if figures["fits"] else "does not fit"
+                print(
+                    f"tried {figures['topology']} {figures['mesh']}, {figures['microbatches']} micro-batches, remat "
+                    f"{figures['remat']}: {told} ({figures['compile_seconds']:.0f} s)",
+                    flush=True,
+                )
     except ValueError as error:
         print(f"tpu.aot: {error}", file=sys.stderr)
         return 2
-    print(table(figures))
+    if not reports:
+        print("tpu.aot: no choice cuts this batch; change --batch.", file=sys.stderr)
+        return 2
+    best = min((r for r in reports if r["fits"]), key=lambda r: r["seconds"]["middle"], default=reports[-1])
+    if len(reports) > 1:
+        print(ranked(reports))
+    print(table(best))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2))
-    return 0 if figures["fits"] else 1
+        args.json.write_text(json.dumps(reports if len(reports) > 1 else best, indent=2))
+    if args.html:
+        args.html.write_text(page.of(args.config, reports, best))
+    return 0 if best["fits"] else 1
 
 
 if __name__ == "__main__":

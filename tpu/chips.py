@@ -19,6 +19,7 @@ class Chip:
 
     name: str  # as topologies are named: "v5e"
     kind: str  # as JAX names the device, the key of `metrics.PEAK_FLOPS`
+    hbm: float  # bytes that a program may take, as the compiler says
     hbm_rate: float  # bytes
     clock: float  # Hz
     lanes: float  # additions of 32 bits in one cycle, all vector units together
@@ -38,11 +39,11 @@ _VPU = 8 * 128 * 4  # lanes of one core, four slots wide
 CHIPS = {
     chip.kind: chip
     for chip in (
-        Chip("v4", "TPU v4", 1.228e12, 1.05e9, 2 * _VPU, 128, 45e9, 3.1e9, 3, 4),
-        Chip("v5e", "TPU v5 lite", 0.819e12, 1.5e9, _VPU, 128, 45e9, 3.1e9, 2, 16),
-        Chip("v5p", "TPU v5", 2.765e12, 1.75e9, 2 * _VPU, 128, 90e9, 6.25e9, 3, 4),
-        Chip("v6e", "TPU v6 lite", 1.640e12, 1.75e9, _VPU, 256, 90e9, 12.5e9, 2, 16),
-        Chip("tpu7x", "TPU7x", 3.690e12, 2.2e9, _VPU, 256, 90e9, 12.5e9, 3, 4),
+        Chip("v4", "TPU v4", 30.75 * 2**30, 1.228e12, 1.05e9, 2 * _VPU, 128, 45e9, 3.1e9, 3, 4),
+        Chip("v5e", "TPU v5 lite", 15.75 * 2**30, 0.819e12, 1.5e9, _VPU, 128, 45e9, 3.1e9, 2, 16),
+        Chip("v5p", "TPU v5", 95.74 * 2**30, 2.765e12, 1.75e9, 2 * _VPU, 128, 90e9, 6.25e9, 3, 4),
+        Chip("v6e", "TPU v6 lite", 31.25 * 2**30, 1.640e12, 1.75e9, _VPU, 256, 90e9, 12.5e9, 2, 16),
+        Chip("tpu7x", "TPU7x", 94.75 * 2**30, 3.690e12, 2.2e9, _VPU, 256, 90e9, 12.5e9, 3, 4),
     )
 }
 

@@ -261,6 +261,18 @@ class Program:
                 return float("inf")
         return total
 
+    def largest_arrays(self) -> list[tuple[float, str, str]]:
+        """(bytes, shape, line of source) of what the program makes in HBM, the largest first; like ones once."""
+        found: dict[tuple[str, str], float] = {}
+        for _, one, _ in self.executed():
+            if one.opcode in _FREE:
+                continue
+            for kind, sizes, layout in arrays(one.shape):
+                if "S(" not in layout:
+                    shape = f"{kind}[{','.join(map(str, sizes))}]"
+                    found[shape, self.source(one)] = nbytes((kind, sizes, layout))
+        return sorted(((size, *key) for key, size in found.items()), reverse=True)
+
     def source(self, instruction: Instruction) -> str:
         """FILE:LINE of our own code that an instruction comes from, or what the compiler calls it."""
         for each in (instruction, *(() if instruction.opcode != "fusion" else self.inside(instruction))):

@@ -36,6 +36,14 @@ class Stage(Protocol):
         """Gradients like the model's parameters, and scalar metrics among which is `loss`."""
         ...
 
+    def update_flops(self, image_size: int) -> int:
+        """Floating point operations of an update for each example of its batch, by the model's arithmetic.
+
+        Forward and backward passes of all that the recipe puts through the model; what is computed twice to save
+        memory counts once. It is what MFU is reckoned with.
+        """
+        ...
+
     def project(self, params: Params) -> Params:
         """Parameters after an update, brought back to where they may be (the cap of the logit scale)."""
         ...

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, UInt8
 
 from pe_jax import gradients, losses
+from pe_jax.models import zoo
 from pe_jax.models.clip import CLIP, CLIPConfig, unit
 from pe_jax.types import Batch, Key, Metrics, Params
 
@@ -64,6 +65,13 @@ class Contrastive:
         # With DropPath the copies shift what each image draws, so then both passes must have them.
         alone = None if self.arch.vision.drop_path else self._embeddings
         return gradients.cached(self._embed, self._loss, model, batch, key, self.microbatches, alone)
+
+    def update_flops(self, image_size: int) -> int:
+        flops = 3 * zoo.forward_flops(self.arch, image_size)  # a backward pass costs two forward ones
+        if self.mask_ratio:  # a share of the images goes through the blocks once more
+            blocks = dataclasses.replace(self.arch.vision, pool="none", output_width=None)
+            flops += 3 * zoo.forward_flops(blocks, image_size) // self.mask_every
+        return flops
 
     def project(self, params: Params) -> Params:
         # Clamped after the update rather than in the loss, so that a gradient can always bring it back.

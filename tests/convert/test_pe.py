@@ -181,12 +181,13 @@ def test_the_two_position_embeddings_are_kept_apart(core):
 def test_exported_tensors_are_views_except_the_zeros_and_qkv(core):
     config, params = core
     ours = {id(leaf) for _, leaf in pe.parameters(params)}
+    qkv = tuple(f"{name}{kind}" for name in ("in_proj_", "qkv.", ".q.", ".kv.") for kind in ("weight", "bias"))
     for layout in ("meta", "timm", "open_clip"):
         for name, tensor in pe.from_params(params, config, layout).items():
             base = tensor
             while base.base is not None:
                 base = base.base
-            assert id(base) in ours or name.endswith("head.bias") or "in_proj" in name or "qkv" in name, name
+            assert id(base) in ours or name.endswith(("head.bias", *qkv)), name
 
 
 def test_parameters_read_from_a_file_do_not_hold_on_to_it(tmp_path, lang):

@@ -116,6 +116,13 @@ def test_the_copies_change_no_embedding_so_the_first_pass_of_micro_batches_may_d
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), with_copies, alone)
 
 
+def test_an_update_costs_three_forward_passes_and_those_of_the_copies():
+    plain = Contrastive(ARCH)
+    assert plain.update_flops(24) == 3 * zoo.forward_flops(ARCH, 24)
+    blocks = zoo.forward_flops(dataclasses.replace(ARCH.vision, pool="none", output_width=None), 24)
+    assert STAGE.update_flops(24) - plain.update_flops(24) == 3 * blocks // 4
+
+
 def test_micro_batches_work_with_masks_and_drop_path():
     vision = dataclasses.replace(ARCH.vision, drop_path=0.2)
     stage = dataclasses.replace(STAGE, arch=dataclasses.replace(ARCH, vision=vision), microbatches=2)

@@ -85,3 +85,78 @@ def test_a_loop_of_unknown_length_is_refused():
 def test_what_is_given_wrongly_is_told_before_anything_is_compiled(flags, told, capsys):
     assert aot.main([*flags, "--topology=v5e:2x2"]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_of_what_a_fusion_slices_or_updates_in_place_only_that_part_is_moved():
+    program = hlo.Program(
+        """HloModule m, is_scheduled=true
+
+%fused (p: f32[50,8,128], i: s32[], u: f32[1,8,128]) -> f32[50,8,128] {
+  %p = f32[50,8,128]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[] parameter(1)
+  %u = f32[1,8,128]{2,1,0:T(8,128)} parameter(2)
+  ROOT %next = f32[50,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%p, %u, %i, %i, %i)
+}
+
+%cut (q: f32[50,8,128], j: s32[]) -> f32[1,8,128] {
+  %q = f32[50,8,128]{2,1,0:T(8,128)} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %part = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%q, %j, %j, %j), dynamic_slice_sizes={1,8,128}
+}
+
+ENTRY %main (a: f32[50,8,128], n: s32[], u: f32[1,8,128]) -> f32[50,8,128] {
+  %a = f32[50,8,128]{2,1,0:T(8,128)} parameter(0)
+  %n = s32[]{:S(6)} parameter(1)
+  %u = f32[1,8,128]{2,1,0:T(8,128)} parameter(2)
+  %taken = f32[1,8,128]{2,1,0:T(8,128)} fusion(%a, %n), kind=kLoop, calls=%cut
+  ROOT %put = f32[50,8,128]{2,1,0:T(8,128)} fusion(%a, %n, %u), kind=kLoop, calls=%fused
+}
+"""
+    )
+    row = 8 * 128 * 4
+    for name in ("taken", "put"):  # read once, written once
+        assert program.traffic("main", program.computations["main"][name]) == 2 * row
+
+
+def test_sizes_are_rounded_up_to_the_tile_they_lie_in():
+    assert hlo.size("bf16[5,96]{1,0:T(8,128)(2,1)}") == 5 * 96 * 2
+    assert hlo.size("bf16[5,96]{1,0:T(8,128)(2,1)}", padded=True) == 8 * 128 * 2
+    assert hlo.size("bf16[5,96]{0,1:T(8,128)(2,1)}", padded=True) == 96 * 128 * 2  # the other way round
+
+
+@pytest.mark.parametrize(
+    "attributes, want",
+    [
+        ("replica_groups=mesh['a'=2,'b'=3] {'a'}, x", (0, 3)),
+        ("replica_groups=mesh['a'=2,'b'=3] {'b'}, x", (0, 1, 2)),
+        ("replica_groups=[3,2]<=[2,3]T(1,0), x", (0, 3)),
+        ("replica_groups={{0,4},{1,5}}, x", (0, 4)),
+        ("source_target_pairs={{0,2},{2,0}}, x", (0, 2)),
+        ("dimensions={0}", ()),
+    ],
+)
+def test_a_group_is_read_in_each_spelling(attributes, want):
+    assert hlo.group(attributes) == want
+
+
+def test_a_line_of_source_is_the_innermost_of_ours():
+    text = TEXT.replace(
+        "HloModule step, is_scheduled=true\n",
+        """HloModule step, is_scheduled=true
+
+FileNames
+1 "/somewhere/pe_jax/models/layers.py"
+2 "/somewhere/site-packages/flax/nnx.py"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=83 end_line=83 column=12 end_column=77}
+2 {file_name_id=2 function_name_id=1 line=7 end_line=9 column=12 end_column=77}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
+""",
+    ).replace("to_apply=%add\n", 'to_apply=%add, metadata={op_name="jit(f)/add" stack_frame_id=2}\n', 1)
+    program = hlo.Program(text)
+    assert program.source(program.computations["main"]["sum.1"]) == "pe_jax/models/layers.py:83"
+    assert program.source(program.computations["main"]["sum.2"]) == "the compiler's own"

@@ -1,0 +1,97 @@
+"""The ahead-of-time report: what it is asked, and what it tells; with libtpu, what the compiler answers."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tpu import aot, page
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; `make aot` installs it"
+)
+DIGITS = "experiments/digits.py"
+FITS = {
+    "topology": "v5e:4x4", "slices": 1, "chips": 16, "mesh": {"data": 4, "fsdp": 4}, "image_size": 224,
+    "batch_size": 4096, "microbatches": 2, "remat": "block", "parameter_bytes": 2**30, "optimizer_bytes": 2**31,
+    "batch_bytes": 2**28, "model_flops": 3e12, "fits": True, "compile_seconds": 91.0, "argument_bytes": 3.25 * 2**30,
+    "temporary_bytes": 4 * 2**30, "holds": 15.75 * 2**30, "executed_flops": 4.5e12, "exposed_seconds": 0.01,
+    "seconds": {"roofline": 0.02, "middle": 0.025, "cycles": 0.04},
+    "mfu": {"roofline": 0.76, "middle": 0.61, "cycles": 0.38},
+    "collectives": [{"kind": "all-gather", "axes": "fsdp", "count": 1200, "bytes": 2**34}],
+    "lines": [{"line": "pe_jax/models/layers.py:83", "seconds": 0.02}, {"line": "waiting <&>", "seconds": 0.005}],
+    "buffers": [{"bytes": 2**29, "shape": "bf16[12,64,197,768]", "line": "pe_jax/models/layers.py:390"}],
+}  # fmt: skip
+REFUSED = {key: FITS[key] for key in list(FITS)[:12]} | {
+    "remat": "none", "fits": False, "needs": 52 * 2**30, "holds": 15.75 * 2**30, "compile_seconds": 30.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 52.00G of 15.75G hbm. Exceeded by 36.25G.",
+        "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (52.00G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_refusal_is_read_in_bytes(told):
+    assert aot._refusal(told) == {"needs": 52 * 2**30, "holds": 15.75 * 2**30}
+
+
+def test_the_table_tells_bytes_band_collectives_and_lines():
+    text = aot.table(FITS)
+    for word in ("7.25 of 15.75 GiB, 54% to spare", "61.0% estimated (38.0% to 76.0%)", "executed 1.50 times as many"):
+        assert word in text
+    assert "all-gather" in text and "fsdp" in text and "pe_jax/models/layers.py:83" in text and "512 MiB" in text
+
+
+def test_a_program_that_does_not_fit_says_by_how_much_and_what_to_change():
+    text = aot.table(REFUSED)
+    assert "does not fit: it needs 52.00 GiB of 15.75, 36.25 too many" in text and "stage.microbatches" in text
+
+
+def test_what_was_tried_is_ranked_and_what_does_not_fit_comes_last():
+    slower = FITS | {"seconds": {"roofline": 0.03, "middle": 0.05, "cycles": 0.06}, "remat": "dots"}
+    lines = aot.ranked([REFUSED, slower, FITS]).splitlines()
+    assert [word in line for word, line in zip(("block", "dots", "none"), lines[1:], strict=True)] == [True] * 3
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows():
+    text = page.of("experiments/x.py:<b>", [FITS, REFUSED], FITS)
+    assert "<b>" not in text and "waiting &lt;&amp;&gt;" in text and "does not fit" in text
+    assert "http" not in text and "src=" not in text
+
+
+def test_a_change_reaches_both_towers_every_phase_and_leaves_the_config_as_it_was():
+    config = aot.config_of("experiments/pretrain_core.py:B16")
+    new = aot.changed(config, mesh={"data": 2}, batch=64, micro=2, remat="no_up")
+    assert new["mesh"] == {"data": 2} and new["batch_size"] == 64 and new["stage"]["microbatches"] == 2
+    assert {new["stage"]["arch"][part]["remat"] for part in ("vision", "text")} == {"no_up"}
+    assert config["stage"]["arch"]["vision"]["remat"] == "block" and config["batch_size"] == 131_072
+
+
+@needs_libtpu
+def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, capsys):
+    args = [f"--config={DIGITS}", "--topology=v5e:2x2", "--batch=512", f"--json={tmp_path / 'a.json'}"]
+    assert aot.main([*args, f"--html={tmp_path / 'a.html'}"]) == 0
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["chips"] == 4 and figures["mesh"] == {"data": 4}
+    assert 0.95 < figures["executed_flops"] / figures["model_flops"] < 1.25
+    assert figures["seconds"]["roofline"] <= figures["seconds"]["middle"] <= figures["seconds"]["cycles"]
+    assert figures["argument_bytes"] >= figures["parameter_bytes"] + figures["optimizer_bytes"]
+    assert any(each["kind"] == "all-reduce" and each["axes"] == "data" for each in figures["collectives"])
+    assert any(line["line"].startswith("pe_jax/") for line in figures["lines"])
+    assert "estimated" in capsys.readouterr().out and "<h2>" in (tmp_path / "a.html").read_text()
+
+
+@needs_libtpu
+def test_a_step_that_is_too_large_is_refused_with_its_need(capsys):
+    config = "--config=experiments/pretrain_core.py:T16,micro=1"
+    assert aot.main([config, "--topology=v5e:2x2", "--batch=16384", "--remat=none"]) == 1
+    assert "does not fit: it needs" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_a_slice_that_the_compiler_does_not_know_is_named(capsys):
+    assert aot.main([f"--config={DIGITS}", "--topology=v5e:3x5x7"]) == 2
+    assert "topology 'v5e:3x5x7' is unknown to the compiler" in capsys.readouterr().err
