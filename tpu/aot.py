@@ -32,7 +32,7 @@ import numpy as np
 from pe_jax import sharding, train
 from pe_jax.models.layers import REMAT_POLICIES
 from tpu import chips, hlo, page
-from tpu.estimate import estimate
+from tpu.estimate import READINGS, estimate
 
 GIB = 2**30
 # Slices by the compiler's names, the smallest first; v4's and v5p's are bricks of a torus.
@@ -97,7 +97,7 @@ def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: 
 
     Returns:
       Figures by name; bytes, FLOPs and seconds per chip. A program that does not fit has `fits` False, and `needs`
-      and `holds` in bytes.
+      and `holds` in bytes; one whose text libtpu cannot give has `unread`, why, and bytes but no times.
 
     Raises:
       ValueError: if the config is wrong, or its mesh and batch do not fit the slice.
@@ -139,14 +139,21 @@ def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: 
             raise
         return figures | {"fits": False, "compile_seconds": time.perf_counter() - begun} | _refusal(str(error))
     figures["compile_seconds"] = time.perf_counter() - begun
-    memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
-    wiring = chips.Wiring.of(list(mesh.devices.flat))
-    guess = estimate(program, wiring)
-    return figures | {
+    memory, wiring = compiled.memory_analysis(), chips.Wiring.of(list(mesh.devices.flat))
+    figures |= {
         "fits": True,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "holds": wiring.chip.hbm,
+    }
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # libtpu 0.0.52 cannot read back programs for chips with sparse cores (v5p, v6e) that hold asynchronous updates.
+        return figures | {"unread": str(error).splitlines()[0][:200]}
+    program = hlo.Program(text)
+    guess = estimate(program, wiring)
+    return figures | {
         "executed_flops": program.total_flops() + guess.kernel_flops,
         "seconds": guess.seconds,
         "mfu": guess.mfu(figures["model_flops"], wiring.chip.peak),
@@ -205,18 +212,22 @@ def table(figures: Mapping[str, Any]) -> str:
     if not figures["fits"]:
         return "\n".join([*lines, f"  does not fit: {_told(figures)}", f"  {ADVICE}"])
     whole = figures["argument_bytes"] + figures["temporary_bytes"]
-    mfu, seconds = figures["mfu"], figures["seconds"]
     lines += [
         f"  temporaries       {figures['temporary_bytes'] / GIB:8.2f} GiB",
         f"  together          {whole / GIB:8.2f} of {figures['holds'] / GIB:.2f} GiB, "
         f"{1 - whole / figures['holds']:.0%} to spare",
+        f"  compiled in       {figures['compile_seconds']:8.0f} s",
+    ]
+    if "unread" in figures:
+        return "\n".join([*lines, f"  no times: libtpu cannot give this program's text ({figures['unread']})"])
+    mfu, seconds = figures["mfu"], figures["seconds"]
+    lines += [
         f"  model FLOPs       {figures['model_flops'] / 1e12:8.4g} T; executed "
         f"{figures['executed_flops'] / figures['model_flops']:.2f} times as many",
         f"  step              {seconds['middle']:8.3g} s estimated ({seconds['roofline']:.3g} at the roofline, "
         f"{seconds['cycles']:.3g} by the compiler's cycles)",
         f"  MFU               {mfu['middle']:8.1%} estimated ({mfu['cycles']:.1%} to {mfu['roofline']:.1%})",
         f"  waiting for links {figures['exposed_seconds'] / seconds['middle']:8.1%} of the step",
-        f"  compiled in       {figures['compile_seconds']:8.0f} s",
         "  collectives (over which axes, how many, bytes of the arrays)",
     ]
     for each in figures["collectives"]:
@@ -284,17 +295,23 @@ def sweep(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: i
                 break  # more micro-batches only send the weights more often
 
 
+def _speed(figures: Mapping[str, Any]) -> float:
+    return figures.get("seconds", {}).get("middle", float("nan"))
+
+
+def _mfu(figures: Mapping[str, Any]) -> Mapping[str, float]:
+    return figures.get("mfu", dict.fromkeys(READINGS, float("nan")))
+
+
 def ranked(reports: list[dict[str, Any]]) -> str:
     """One line for each report, the fastest first; then what does not fit."""
-    fitting = sorted((r for r in reports if r["fits"]), key=lambda r: r["seconds"]["middle"])
+    fitting = sorted((r for r in reports if r["fits"]), key=_speed)
     lines = ["   MFU     band          step     GiB   chips  mesh, micro-batches, remat"]
     for r in fitting:
-        mfu, whole = r["mfu"], (r["argument_bytes"] + r["temporary_bytes"]) / GIB
+        mfu, whole = _mfu(r), (r["argument_bytes"] + r["temporary_bytes"]) / GIB
         band = f"{mfu['cycles']:.1%}-{mfu['roofline']:.1%}"
         how = f"{r['mesh']}, {r['microbatches']}, {r['remat']}"
-        lines.append(
-            f"{mfu['middle']:6.1%}  {band:13} {r['seconds']['middle']:7.3f} s {whole:6.2f} {r['chips']:6}  {how}"
-        )
+        lines.append(f"{mfu['middle']:6.1%}  {band:13} {_speed(r):7.3f} s {whole:6.2f} {r['chips']:6}  {how}")
     for r in reports:
         if not r["fits"]:
             lines.append(f"  does not fit: {r['mesh']}, {r['microbatches']}, {r['remat']}: {_told(r)}")
@@ -355,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         for figures in tries:
             reports.append(figures)
             if args.sweep or args.smallest:
-                told = f"{figures['mfu']['middle']:.1%}" if figures["fits"] else "does not fit"
+                told = f"{_mfu(figures)['middle']:.1%}" if figures["fits"] else "does not fit"
                 print(
                     f"tried {figures['topology']} {figures['mesh']}, {figures['microbatches']} micro-batches, remat "
                     f"{figures['remat']}: {told} ({figures['compile_seconds']:.0f} s)",
@@ -367,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     if not reports:
         print("tpu.aot: no choice cuts this batch; change --batch.", file=sys.stderr)
         return 2
-    best = min((r for r in reports if r["fits"]), key=lambda r: r["seconds"]["middle"], default=reports[-1])
+    best = min((r for r in reports if r["fits"]), key=_speed, default=reports[-1])
     if len(reports) > 1:
         print(ranked(reports))
     print(table(best))
