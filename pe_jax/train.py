@@ -234,9 +234,11 @@ def make_train_step(
         grads, scalars = stage.gradients(nnx.merge(graphdef, state.params), batch, key)
         # Without this XLA leaves gradients whole on every device of the fsdp axis.
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = stage.project(cast(Params, optax.apply_updates(state.params, updates)))
-        return TrainState(state.step + 1, params, opt_state, state.key), scalars | {"grad_norm": optax.tree.norm(grads)}
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = stage.project(cast(Params, optax.apply_updates(state.params, updates)))
+            norm = optax.tree.norm(grads)
+        return TrainState(state.step + 1, params, opt_state, state.key), scalars | {"grad_norm": norm}
 
     whole = shardings.step
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))

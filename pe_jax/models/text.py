@@ -48,6 +48,7 @@ class TextTower(nnx.Module):
         self.projection = nnx.Param(normal(c.width**-0.5, c.width, c.output_width), axes=("embed", "joint"))
 
     @jax.jit
+    @jax.named_scope("text")
     def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """[B, L] token ids, L at most the context length → [B, E] embeddings, not normalised.
 

@@ -203,6 +203,7 @@ class VisionTower(nnx.Module):
         """Last tokens as the pooling sees them: through `norm_post`, where the tower has one."""
         return self.norm_post(tokens) if self.config.norm_post else tokens
 
+    @jax.named_scope("vision")
     def head(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B *E"]:
         """What follows the last block: `norm_post`, pooling, projection, as far as the tower has them."""
         c = self.config
@@ -229,6 +230,7 @@ class VisionTower(nnx.Module):
         return nnx.merge(graphdef, kept | {"blocks": jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])})
 
     @functools.partial(jax.jit, static_argnames="layers")
+    @jax.named_scope("vision")
     def _tokens(
         self,
         images: Array,

@@ -116,6 +116,7 @@ class Contrastive:
         found = found.reshape(-1, every + 1, *found.shape[1:])
         return found[:, :every].reshape(batch, *found.shape[2:]), found[:, every], masked
 
+    @jax.named_scope("mask_regularisation")
     def _mask_loss(self, model: CLIP, seen: jax.Array, guessed: jax.Array, masked: jax.Array) -> jax.Array:
         """1 - cosine between the tokens of hidden patches and of the same patches in plain sight, mean over them."""
         vision = model.vision
@@ -123,6 +124,7 @@ class Contrastive:
         cosine = jnp.sum(_unit(vision.normed(guessed)) * _unit(seen), -1)[:, vision.config.class_token :]
         return jnp.mean(1 - cosine, where=masked)
 
+    @jax.named_scope("loss")
     def _loss(self, model: CLIP, embeddings: Batch) -> tuple[jax.Array, Metrics]:
         inputs = embeddings["image"], embeddings["text"], model.log_scale[...]
         if self.loss_chunk is None:
@@ -132,6 +134,7 @@ class Contrastive:
         return loss, metrics | {"logit_scale": jnp.exp(model.log_scale[...])}
 
 
+@jax.named_scope("mask_regularisation")
 def choose(key: Key, shape: tuple[int, int], count: int) -> Bool[Array, "B P"]:
     """[B, P] of which exactly `count` in each row are True, drawn evenly."""
     noise = jax.random.uniform(key, shape)
