@@ -4,13 +4,14 @@
 can be compared bit for bit; `evals.csv` has one row per figure of an evaluator. TensorBoard needs the `tb` extra.
 """
 
+import contextlib
 import csv
 import importlib.util
 import os
 import sys
 import time
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import jax
@@ -84,24 +85,25 @@ class _ScalarsOnly(MetricWriter):
 class CsvWriter(_ScalarsOnly):
     """`losses.csv`, a row per step; scalars named "evaluator/figure" go to `evals.csv`, a row each.
 
-    The columns of `losses.csv` are the names of the first write.
+    The columns of `losses.csv` are the names of the first write; a resumed run, which may be of another version, adds
+    those of its own first write, empty in the rows before.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], resumed_step: int | None = None, *, evaluated: bool = True):
-        self._losses, self._columns = _open_rows(os.path.join(workdir, "losses.csv"), resumed_step)
+        self._path, self._resumed, self._written = os.path.join(workdir, "losses.csv"), resumed_step, False
+        self._losses, self._columns = _open_rows(self._path, resumed_step)
         kept = resumed_step if evaluated or resumed_step is None else resumed_step - 1
-        self._evals, columns = _open_rows(os.path.join(workdir, "evals.csv"), kept)
-        if not columns:
-            csv.writer(self._evals).writerow(["step", "name", "value"])
+        self._evals, _ = _open_rows(os.path.join(workdir, "evals.csv"), kept, ["step", "name", "value"])
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         figures = {name: value for name, value in scalars.items() if "/" in name}
         csv.writer(self._evals).writerows([step, name, exact(value)] for name, value in figures.items())
         row = {"step": step} | {name: exact(value) for name, value in scalars.items() if name not in figures}
         if len(row) > 1:
-            if not self._columns:
-                self._columns = list(row)
-                csv.writer(self._losses).writerow(self._columns)
+            if not self._written and set(row) - set(self._columns):
+                self._losses.close()
+                self._losses, self._columns = _open_rows(self._path, self._resumed, list(row))
+            self._written = True
             if unknown := set(row) - set(self._columns):
                 raise ValueError(f"{sorted(unknown)} are no columns of losses.csv, which has {self._columns}.")
             csv.writer(self._losses).writerow([row.get(name, "") for name in self._columns])
@@ -144,13 +146,13 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
-def _open_rows(path: str, resumed_step: int | None) -> tuple[IO[str], list[str]]:
-    """The file, open for more rows, and its columns; rows after `resumed_step`, or all, are gone."""
+def _open_rows(path: str, resumed_step: int | None, columns: Sequence[str] = ()) -> tuple[IO[str], list[str]]:
+    """The file, open for more rows, and its columns, those given too; rows after `resumed_step`, or all, are gone."""
     rows = read_rows(path) if resumed_step is not None and os.path.exists(path) else []
     rows = [row for row in rows if int(row["step"]) <= (resumed_step or 0)]
-    columns = list(rows[0]) if rows else []
+    columns = list(dict.fromkeys([*(rows[0] if rows else ()), *columns]))
     file = open(path, "w", newline="")  # noqa: SIM115
-    if rows:
+    if columns:
         table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
@@ -171,7 +173,21 @@ def peak_flops(devices: Sequence[Any] | None = None) -> float | None:
 
 
 class Speed:
-    """Examples per second, share of time spent waiting for data, and MFU, since the last reading."""
+    """Examples per second, MFU, seconds of a step and what shares of them this host spent on what, since last read.
+
+    The devices work while the host goes on, and nothing here waits for them, so a share is the host's time alone. It
+    is `device_wait` that tells the two cases apart: where the host had to wait for the devices, they were the slower.
+
+    | share | of the time |
+    |---|---|
+    | data_wait | until the loader had the batch |
+    | batch_put | to hand the batch to the devices |
+    | dispatch | to hand over the update; waits too where the devices take no more work |
+    | device_wait | until the devices were done, at a logged step |
+    | host_other | all else: logs, signals, the loop itself |
+    """
+
+    PARTS = ("data_wait", "batch_put", "dispatch", "device_wait")
 
     def __init__(self, peak: float | None = None):
         self._peak = peak
@@ -179,18 +195,29 @@ class Speed:
 
     def reset(self) -> None:
         """Starts a new interval, as after a compilation, an evaluation or a save, whose time is not the step's."""
-        self._start, self._examples, self._flops, self._waited = time.perf_counter(), 0, 0.0, 0.0
+        self._spent: dict[str, float] = dict.fromkeys(self.PARTS, 0.0)
+        self._start, self._steps, self._examples, self._flops = time.perf_counter(), 0, 0, 0.0
 
-    def count(self, examples: int, flops: float, waited: float) -> None:
-        """Adds a step: its examples, the model FLOPs of all of them, and the seconds its data was waited for."""
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times what is inside as one of `PARTS`; a trace shows it under that name."""
+        with jax.profiler.TraceAnnotation(name):
+            begun = time.perf_counter()
+            yield
+            self._spent[name] += time.perf_counter() - begun
+
+    def count(self, examples: int, flops: float) -> None:
+        """Adds a step: its examples, and the model FLOPs of all of them."""
+        self._steps += 1
         self._examples += examples
         self._flops += flops
-        self._waited += waited
 
     def read(self) -> dict[str, float]:
         """The figures of the interval, which then starts anew."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        figures = {"examples_per_second": self._examples / seconds, "data_wait": min(1.0, self._waited / seconds)}
+        figures = {"examples_per_second": self._examples / seconds, "step_seconds": seconds / max(self._steps, 1)}
+        figures |= {name: spent / seconds for name, spent in self._spent.items()}
+        figures["host_other"] = 1 - sum(self._spent.values()) / seconds
         if self._peak:
             figures["mfu"] = self._flops / seconds / self._peak
         self.reset()
@@ -220,7 +247,7 @@ class Progress:
             self._task = self._live.add_task("compiling", total=steps, completed=start)
 
     def update(self, step: int, loss: float, speed: Mapping[str, float], notes: Iterable[str] = ()) -> None:
-        """Shows a step just done; `speed` has `examples_per_second`, and where known what the loader could give."""
+        """Shows a step just done; `speed` has the figures of `Speed`, and where known what the loader could give."""
         now = time.perf_counter()
         if self._began is None:
             self._began = (step, now)  # the first step compiles: its time says nothing of the rest
@@ -229,6 +256,8 @@ class Progress:
         rate = f"{speed['examples_per_second']:,.0f} examples/s"
         if "loader_examples_per_second" in speed:
             rate += f" (loader {speed['loader_examples_per_second']:,.0f})"
+        if speed.get("data_wait", 0) >= 0.1 > speed["dispatch"] + speed["device_wait"]:
+            rate += f", waiting for data {speed['data_wait']:.0%}"
         parts = [f"loss {loss:.4f}", rate, f"ETA {eta}", *notes]
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=step, description="  ".join(parts))

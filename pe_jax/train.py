@@ -8,7 +8,9 @@ the randomness of a step is folded from its number, so a resumed run repeats the
 on any mesh and any number of processes. SIGTERM saves and ends with exit code 75 ("try again"), at once even where a
 step is being compiled or an evaluation runs; the evaluation then comes first when the run goes on.
 
-In WORKDIR: config.json, losses.csv, evals.csv, tensorboard/, checkpoints/.
+`--profile=100:5` traces steps 100 to 104 (docs/profiling.md).
+
+In WORKDIR: config.json, losses.csv, evals.csv, tensorboard/, checkpoints/, profile/.
 """
 
 import concurrent.futures
@@ -33,7 +35,7 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from pe_jax import checkpoint, metrics, optim, sharding, stages
+from pe_jax import checkpoint, metrics, optim, profiling, sharding, stages
 from pe_jax.models import zoo
 from pe_jax.models.clip import CLIPConfig
 from pe_jax.types import Batch, Metrics, Params, split
@@ -244,22 +246,24 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
 
 
-def train(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> int:
+def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], *, profile: str = "") -> int:
     """Runs an experiment to its end, or goes on with it.
 
     Args:
       config: as an experiment's `get_config` returns it, in plain dicts.
       workdir: where all that the run writes goes.
+      profile: steps to trace, "FIRST:COUNT,FIRST:COUNT"; it changes nothing of what the run computes.
 
     Returns:
       0 when the run is complete, `PREEMPTED` when SIGTERM stopped it with its state saved.
 
     Raises:
-      ValueError: if the config or the data are wrong, or differ from those the workdir was begun with.
+      ValueError: if the config, `profile` or the data are wrong, or differ from those the workdir was begun with.
       FloatingPointError: if the loss is not finite, or has risen by more than the config's `max_loss_rise` over its
         lowest; the record numbers of the batches are in stopped-PROCESS.json.
     """
     run = parse(config)
+    windows = profiling.parse(profile, [phase.steps for phase in run.phases])
     with (
         StopSignal() as stop,
         checkpoint.only_writer(workdir) if jax.process_index() == 0 else contextlib.nullcontext(),
@@ -267,7 +271,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> int:
             pathlib.Path(workdir) / checkpoint.STEPS, every_steps=run.save_every, keep=run.keep, best=run.best
         ) as saver,
     ):
-        return _Loop(run, config, pathlib.Path(workdir), saver, stop).run_to_end()
+        return _Loop(run, config, pathlib.Path(workdir), saver, stop, windows).run_to_end()
 
 
 class _Loop:
@@ -280,6 +284,7 @@ class _Loop:
         workdir: pathlib.Path,
         saver: checkpoint.Checkpointer,
         stop: "StopSignal",
+        windows: Sequence[profiling.Window],
     ):
         from pe_jax import evals  # here, so that the step can be built where Grain and Pillow are not installed
         from pe_jax.data.image import Preprocess
@@ -324,6 +329,7 @@ class _Loop:
             f"{run.examples(run.steps):,} examples, mesh {dict(self.mesh.shape)}"
             + ("" if resumed is None else f"; going on from step {self.step}")
         )
+        self.tracer = profiling.Tracer(windows, workdir / "profile", self.progress.note, done=self.step)
 
     def run_to_end(self) -> int:
         begun = time.perf_counter()
@@ -338,6 +344,7 @@ class _Loop:
             self.progress.note(f"SIGTERM: step {self.step} is saved; the same command goes on from there")
             return PREEMPTED
         finally:
+            self.tracer.close()
             self.ahead.close()
             self.writer.close()
             self.progress.close()
@@ -371,27 +378,33 @@ class _Loop:
         ) as loader:
             update = None
             while self.step < last:
-                asked = time.perf_counter()
-                local = next(loader)
-                waited = time.perf_counter() - asked
-                records = local.pop("index")
-                batch = sharding.global_batch(local, self.mesh)
-                if update is None:
-                    with self.stop.at_once():
-                        update = self.ahead.of(phase, batch)
-                    self.ahead.start(run.phases[number + 1 : number + 2], batch)
-                    self.speed.reset()  # compilation is not the step's time
-                with jax.set_mesh(self.mesh):
-                    self.state, self.scalars = update(self.state, batch)
-                self.step += 1
-                self.recent.append((self.step, records))
-                self.speed.count(phase.batch_size, flops, waited)
-                if self.step % run.log_every == 0 or self.step == run.steps:
-                    self._log(phase, loader)
+                if self.tracer.begin(self.step + 1, self.state):
+                    self.speed.reset()
+                with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+                    with self.speed.part("data_wait"):
+                        local = next(loader)
+                    records = local.pop("index")
+                    with self.speed.part("batch_put"):
+                        batch = sharding.global_batch(local, self.mesh)
+                    if update is None:
+                        with self.stop.at_once():
+                            update = self.ahead.of(phase, batch)
+                        self.ahead.start(run.phases[number + 1 : number + 2], batch)
+                        self.speed.reset()  # compilation is not the step's time
+                    with self.speed.part("dispatch"), jax.set_mesh(self.mesh):
+                        self.state, self.scalars = update(self.state, batch)
+                    self.step += 1
+                    self.recent.append((self.step, records))
+                    self.speed.count(phase.batch_size, flops)
+                    if self.step % run.log_every == 0 or self.step == run.steps:
+                        self._log(phase, loader)
+                if self.tracer.end(self.step, self.state, update):
+                    self.speed.reset()
                 self._after_step()
 
     def _log(self, phase: Phase, loader: Any) -> None:
-        row = dict(jax.device_get(self.scalars))
+        with self.speed.part("device_wait"):
+            row = dict(jax.device_get(self.scalars))
         self._check_loss(row)
         bad, figures = sum(loader.bad.values()), self.speed.read()
         figures["loader_examples_per_second"] = loader.examples_per_second * jax.process_count()
@@ -591,6 +604,9 @@ def main(argv: Sequence[str]) -> int:
         "config", None, "experiments/X.py[:args]; change fields by --config.a.b=v", flag_values=values
     )
     workdir = flags.DEFINE_string("workdir", None, "where the run writes", flag_values=values)
+    profile = flags.DEFINE_string(
+        "profile", "", "steps to trace, FIRST:COUNT; 100:5 for 100 to 104, more by commas", flag_values=values
+    )
     pod = flags.DEFINE_bool("distributed", False, "this is one host of a pod", flag_values=values)
     coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
     processes = flags.DEFINE_integer("processes", None, "how many processes there are", flag_values=values)
@@ -609,7 +625,7 @@ def main(argv: Sequence[str]) -> int:
     if pod.value or coordinator.value:  # before anything asks for devices
         jax.distributed.initialize(coordinator.value, processes.value, process.value)
     try:
-        code = train(config.value.to_dict(), workdir.value)
+        code = train(config.value.to_dict(), workdir.value, profile=profile.value)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         if os.environ.get("PE_JAX_TRACEBACK"):
             raise

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from experiments import smoke
-from pe_jax import sharding, train
+from pe_jax import metrics, sharding, train
 
 ROOT = pathlib.Path(__file__).parents[1]
-VARYING = {"examples_per_second", "data_wait", "loader_examples_per_second"}
+SHARES = {*metrics.Speed.PARTS, "host_other"}
+VARYING = {"examples_per_second", "step_seconds", "loader_examples_per_second", *SHARES}
 
 
 def command(workdir, *flags, config="experiments/smoke.py"):
@@ -104,6 +105,18 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_batches_and_losses(who
     assert rows(tmp_path) == rows(whole)  # every figure of every step, to the last bit; `batch` names the records
 
 
+def test_a_run_that_is_traced_from_some_step_on_is_the_same_run_and_its_losses_stay(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=train.PREEMPTED)
+    said = finish(start(tmp_path, "--profile=2:1,18:3"))
+    assert "not traced: step 2, for the run goes on after step" in said and "steps 18 to 20 traced" in said
+    assert rows(tmp_path) == rows(whole)
+    told = (tmp_path / "profile" / "18" / "process-0.txt").read_text()
+    assert all(part in told for part in ("vision, backward", "text, backward", "optimizer", "loss"))
+
+
 def test_sigterm_saves_the_step_and_ends_with_its_own_exit_code(whole, tmp_path):
     process = start(tmp_path)
     wait_for_step(tmp_path, 3, process)
@@ -183,12 +196,12 @@ def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
     np.testing.assert_allclose([float(r["loss"]) for r in got], [float(r["loss"]) for r in want], rtol=1e-3)
 
 
-def start_two(workdir):
+def start_two(workdir, *flags):
     """Two processes of one run, of one device each: with more, XLA's collectives on CPUs abort now and then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = (f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    flags = (f"--coordinator=127.0.0.1:{port}", "--processes=2", *flags)
     return [start(workdir, *flags, f"--process={i}") for i in range(2)]
 
 
@@ -196,7 +209,7 @@ def start_two(workdir):
 def whole_of_two(tmp_path_factory):
     """The uninterrupted run of two processes."""
     workdir = tmp_path_factory.mktemp("whole_of_two")
-    for process in start_two(workdir):
+    for process in start_two(workdir, "--profile=17:2"):
         finish(process)
     return workdir
 
@@ -204,6 +217,20 @@ def whole_of_two(tmp_path_factory):
 def test_two_processes_train_to_the_losses_of_one(whole, whole_of_two):
     got, want = rows(whole_of_two), rows(whole)
     np.testing.assert_allclose([float(r["loss"]) for r in got], [float(r["loss"]) for r in want], rtol=1e-3)
+
+
+def test_each_of_two_processes_on_one_machine_keeps_its_own_trace(whole_of_two):
+    folder = whole_of_two / "profile" / "17"
+    traces = [path.name for path in (folder / "plugins" / "profile" / "17").glob("*.xplane.pb")]
+    assert sorted(traces) == ["process-0.xplane.pb", "process-1.xplane.pb"]
+    assert all("collectives" in (folder / f"process-{i}.txt").read_text() for i in range(2))  # each read its own
+
+
+def test_a_logged_step_tells_its_seconds_and_what_shares_of_them_went_where(whole):
+    with open(whole / "losses.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            shares = [float(row[name]) for name in SHARES]
+            assert min(shares) >= 0 and sum(shares) == pytest.approx(1) and float(row["step_seconds"]) > 0
 
 
 def test_when_one_of_two_processes_is_killed_both_end_and_the_same_command_goes_on(whole_of_two, tmp_path):
