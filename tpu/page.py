@@ -1,13 +1,14 @@
-"""The report of `tpu.aot` as one HTML file that needs nothing else: bars drawn with boxes, and the same tables."""
+"""Reports as one HTML file that needs nothing else: bars drawn with boxes, and tables. `of` is `tpu.aot`'s page."""
 
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 GIB = 2**30
-_STYLE = """
+COLOURS = ("a", "b", "c", "d", "e", "f")  # of `STYLE`, for `bar`
+STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #667085; --back: #ffffff; --line: #e4e7ec; --a: #2e6fdb;
-  --b: #e08a2c; --c: #7a9e3a; --d: #9b6bc9; --bad: #c4402f; }
+  --b: #e08a2c; --c: #7a9e3a; --d: #9b6bc9; --e: #2a9d8f; --f: #8a6d5a; --bad: #c4402f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #98a2b3; --back: #15181c; --line: #30363d; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem; }
@@ -16,7 +17,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left } .n { text-align: right }
 .bar { display: flex; height: 1.5rem; background: var(--line); border-radius: 4px; overflow: hidden }
 .bar div { height: 100% } .key { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px;
-  margin: 0 .3rem 0 1rem; vertical-align: -1px } .wide { width: 45% } .bad { color: var(--bad) }
+  margin: 0 .3rem 0 1rem; vertical-align: -1px } .wide { width: 45% } .scroll { overflow-x: auto }
+.bad { color: var(--bad) }
 """
 
 
@@ -43,8 +45,12 @@ def of(name: str, reports: Sequence[Mapping[str, Any]], best: Mapping[str, Any])
         parts.append(f"<p class=bad>It does not fit: {_gib(best.get('needs', 0))} of {_gib(best.get('holds', 0))}.</p>")
     if len(reports) > 1:
         parts.append(_tried(reports))
-    body = "\n".join(parts)
-    return f"<!doctype html><meta charset=utf-8><title>{html.escape(name)}</title><style>{_STYLE}</style>{body}\n"
+    return document(name, "\n".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A whole page around `body`, which is HTML."""
+    return f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>{body}\n"
 
 
 def _gib(size: float) -> str:
@@ -55,7 +61,7 @@ def _mesh(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items()) or "one device"
 
 
-def _bar(shares: Sequence[tuple[str, float, str]], whole: float) -> str:
+def bar(shares: Sequence[tuple[str, float, str]], whole: float) -> str:
     """Shares of a whole, (what, how much, colour), with a key."""
     boxes = "".join(
         f'<div style="width:{100 * part / whole:.2f}%;background:var(--{colour})" title="{html.escape(what)}"></div>'
@@ -67,7 +73,9 @@ def _bar(shares: Sequence[tuple[str, float, str]], whole: float) -> str:
     return f"<div class=bar>{boxes}</div><p>{keys}</p>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int]) -> str:
+    """Cells are HTML; `numbers` are the columns set to the right."""
+
     def row(cells: Sequence[Any], tag: str) -> str:
         kinds = [" class=n" if i in numbers else "" for i in range(len(cells))]
         return (
@@ -88,7 +96,7 @@ def _memory(figures: Mapping[str, Any]) -> str:
         )
     ]
     spare = 1 - (figures["argument_bytes"] + figures["temporary_bytes"]) / figures["holds"]
-    return f"<h2>Memory of a chip: {_gib(figures['holds'])}, {spare:.0%} to spare</h2>" + _bar(parts, figures["holds"])
+    return f"<h2>Memory of a chip: {_gib(figures['holds'])}, {spare:.0%} to spare</h2>" + bar(parts, figures["holds"])
 
 
 def _time(figures: Mapping[str, Any]) -> str:
@@ -103,7 +111,7 @@ def _time(figures: Mapping[str, Any]) -> str:
         f"({mfu['cycles']:.1%}) by the compiler's own count of cycles. The core waits for links "
         f"{figures['exposed_seconds'] / seconds['middle']:.1%} of the time; "
         f"{figures['executed_flops'] / figures['model_flops']:.2f} times the model's FLOPs are executed.</p>"
-        + _table(("share", "line of source", ""), rows, (0,))
+        + table(("share", "line of source", ""), rows, (0,))
     )
 
 
@@ -120,7 +128,7 @@ def _collectives(figures: Mapping[str, Any]) -> str:
         (each["kind"], each["axes"], f"{each['count']:,}", f"{each['bytes'] / 2**20:,.1f}")
         for each in figures["collectives"]
     ]
-    return "<h2>What is sent in a step</h2>" + _table(("kind", "over", "how many", "MiB of arrays"), rows, (2, 3))
+    return "<h2>What is sent in a step</h2>" + table(("kind", "over", "how many", "MiB of arrays"), rows, (2, 3))
 
 
 def _buffers(figures: Mapping[str, Any]) -> str:
@@ -128,7 +136,7 @@ def _buffers(figures: Mapping[str, Any]) -> str:
         (f"{each['bytes'] / 2**20:,.0f}", html.escape(each["shape"]), html.escape(each["line"]))
         for each in figures["buffers"]
     ]
-    return "<h2>The largest arrays</h2>" + _table(("MiB", "array", "line of source"), rows, (0,))
+    return "<h2>The largest arrays</h2>" + table(("MiB", "array", "line of source"), rows, (0,))
 
 
 def _tried(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -150,4 +158,4 @@ def _tried(reports: Sequence[Mapping[str, Any]]) -> str:
         else:
             rows.append((*how, _gib(r.get("needs", 0)), "<span class=bad>does not fit</span>", ""))
     head = ("slice", "mesh", "micro", "remat", "needs", "MFU", "band")
-    return "<h2>All that was tried</h2>" + _table(head, rows, (2, 4, 5))
+    return "<h2>All that was tried</h2>" + table(head, rows, (2, 4, 5))
