@@ -88,10 +88,10 @@ class Tracer:
         if step not in self._windows:
             return False
         jax.block_until_ready(state)  # or the trace would begin with the end of an earlier step
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # every Python call would be an event, and slow the host we look at
-        options.session_id = str(step)  # the same on all hosts, by which xprof knows that they belong together
         with self._tolerated(self._windows[step]):
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every Python call would be an event, and slow the host we look at
+            options.session_id = str(step)  # names the folder below, the same on all hosts
             jax.profiler.start_trace(self._scratch(step), profiler_options=options)
             self._open = self._windows[step]
         return True
