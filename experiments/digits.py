@@ -56,7 +56,7 @@ def get_config(data: str = "") -> ConfigDict:
                 "weight_decay": 0.05,
                 "grad_clip": 1.0,
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1},
             "data": {
                 "sources": [{"name": "jsonl", "path": f"{data}/train.jsonl"}],
                 # No flip: a mirrored digit is another sign, or none.

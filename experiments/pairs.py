@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 {"image_size": 48, "examples": examples // 3},
             ],
             "optimizer": {"name": "lamb", "learning_rate": 4e-3, "warmup_examples": examples // 10},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1},
             "data": {
                 "sources": [source(train)],
                 "augment": {"crop_scale": (0.4, 1.0), "brightness": 0.32, "saturation": 0.32, "hflip": 0.5},

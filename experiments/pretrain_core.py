@@ -65,7 +65,7 @@ def final(size: str) -> ConfigDict:
             "batch_size": 131_072,
             "phases": phases(resolutions, billions),
             "optimizer": LAMB | {"warmup_examples": 2000 * 131_072},
-            "mesh": {"data": -1, "fsdp": fsdp, "tensor": 1},
+            "mesh": {"dcn": 1, "data": -1, "fsdp": fsdp, "tensor": 1},
             "data": {
                 "sources": [{"name": "array_record", "path": "pairs"}],
                 "augment": AUGMENT,

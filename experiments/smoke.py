@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             "batch_size": 16,
             "phases": [{"image_size": 16, "examples": 16 * 12}, {"image_size": 32, "examples": 16 * 8}],
             "optimizer": {"name": "lamb", "learning_rate": 1e-2, "warmup_examples": 64},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1},
             "data": {
                 "sources": [{"name": "synthetic"}],
                 "augment": {"crop_scale": (0.5, 1.0), "hflip": 0.5, "brightness": 0.32},

@@ -3,11 +3,14 @@
 The only module that names mesh axes. Parameters carry logical axis names (`axes` metadata of each variable), so that
 a model says what an axis means and this module says where it goes:
 
+  dcn     examples, between slices of chips: parameters are replicated over it, so that the slow network between slices
+          carries one sum of gradients and the embeddings that the loss compares
   data    examples; parameters are replicated over it
   fsdp    examples, and the width of every parameter and of its optimizer state
   tensor  attention heads, MLP width, vocabulary
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,9 +22,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from pe_jax.types import Batch, HostBatch, Params
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("dcn", "data", "fsdp", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("dcn", "data", "fsdp"),
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
@@ -34,10 +37,11 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Any = None) -> Mesh:
-    """A mesh of the axes data, fsdp and tensor; one size may be -1, "all that is left". Default: all data.
+    """A mesh of the axes dcn, data, fsdp and tensor; one size may be -1, "all that is left". Default: all data.
 
     Raises:
-      ValueError: for an unknown axis, more than one -1, or sizes that do not multiply to the number of devices.
+      ValueError: for an unknown axis, more than one -1, sizes that do not multiply to the number of devices, or a dcn
+        that is not the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict.fromkeys(AXES, 1) | dict(shape if shape is not None else {"data": -1})
@@ -54,7 +58,27 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Any = None) -> Me
             f"mesh {dict(shape or {})} does not cover the {len(devices)} devices at hand; "
             "make the sizes multiply to that number, or give one axis -1."
         )
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    inner = tuple(sizes[axis] for axis in AXES[1:])
+    auto = (AxisType.Auto,) * len(AXES)
+    slices = [jax.make_mesh(inner, AXES[1:], auto[1:], devices=part).devices for part in _slices(devices, sizes["dcn"])]
+    return Mesh(np.stack(slices), AXES, axis_types=auto)
+
+
+def _slices(devices: list[Any], dcn: int) -> list[list[Any]]:
+    """The devices of each slice; where the platform knows of none, as on a CPU, processes stand for them."""
+    numbers = {getattr(device, "slice_index", None) or 0 for device in devices}
+    if len(numbers) > 1 and len(numbers) != dcn:
+        raise ValueError(
+            f"there are {len(numbers)} slices, and the mesh has dcn={dcn}; set dcn to {len(numbers)}: no other axis "
+            "may cross the network between slices."
+        )
+
+    def place(device: Any) -> tuple[int, int]:
+        return getattr(device, "slice_index", None) or 0, device.process_index
+
+    devices = sorted(devices, key=place) if dcn > 1 else devices
+    size = len(devices) // dcn
+    return [devices[i * size : (i + 1) * size] for i in range(dcn)]
 
 
 def spec(mesh: Mesh | AbstractMesh, *logical: str | None) -> PartitionSpec:
@@ -151,6 +175,40 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(mesh, *logical))
+
+
+def gathered(weights: jax.Array, *logical: str | None, dtype: Any) -> jax.Array:
+    """Weights to multiply with, in `dtype` and whole over the fsdp axis, as one gather at that very place.
+
+    Left to itself XLA sometimes gathers the activations of the whole batch instead, or multiplies shard by shard. In
+    the backward pass the gradient is summed over the devices straight into its shards, in `dtype`.
+
+    Args:
+      weights: float32, cut as `param_shardings` says.
+      logical: the names of its axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return weights.astype(dtype)
+    cut = spec(mesh, *logical)
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut))
+    return _gathered(weights, cut, whole, dtype, weights.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(weights: jax.Array, cut: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any) -> jax.Array:
+    # Pinned before as well, so that the bytes are those of `dtype`.
+    narrow = jax.lax.with_sharding_constraint(weights.astype(dtype), cut)
+    return jax.lax.with_sharding_constraint(narrow, whole)
+
+
+def _gathered_backward(
+    cut: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, cut).astype(stored),)
+
+
+_gathered.defvjp(lambda *arguments: (_gathered(*arguments), None), _gathered_backward)
 
 
 def global_batch(local: HostBatch, mesh: Mesh) -> Batch:

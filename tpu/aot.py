@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +33,7 @@ import numpy as np
 from pe_jax import sharding, train
 from pe_jax.models.layers import REMAT_POLICIES
 from tpu import chips, hlo, page
-from tpu.estimate import READINGS, estimate
+from tpu.estimate import estimate
 
 GIB = 2**30
 # Slices by the compiler's names, the smallest first; v4's and v5p's are bricks of a torus.
@@ -86,7 +87,9 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
         ) from None
 
 
-def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1) -> dict[str, Any]:
+def report(
+    config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1, text_to: pathlib.Path | None = None
+) -> dict[str, Any]:
     """Compiles the update of one phase for a slice and reads what the compiler made of it.
 
     Args:
@@ -94,10 +97,11 @@ def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: 
       topology: a slice by the compiler's name, such as "v5e:16x16".
       slices: how many of them, joined by the data centre's network.
       phase: which of the config's phases, the last by default.
+      text_to: where to write the compiled program's text, to read on.
 
     Returns:
       Figures by name; bytes, FLOPs and seconds per chip. A program that does not fit has `fits` False, and `needs`
-      and `holds` in bytes; one whose text libtpu cannot give has `unread`, why, and bytes but no times.
+      and `holds` in bytes.
 
     Raises:
       ValueError: if the config is wrong, or its mesh and batch do not fit the slice.
@@ -133,12 +137,15 @@ def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: 
     begun = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            compiled = train.make_train_step(chosen.stage, tx, abstract).lower(abstract, batch).compile()
+            lowered = train.make_train_step(chosen.stage, tx, abstract).lower(abstract, batch)
+        compiled, text = compiled_text(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return figures | {"fits": False, "compile_seconds": time.perf_counter() - begun} | _refusal(str(error))
     figures["compile_seconds"] = time.perf_counter() - begun
+    if text_to:
+        text_to.write_text(text)
     memory, wiring = compiled.memory_analysis(), chips.Wiring.of(list(mesh.devices.flat))
     figures |= {
         "fits": True,
@@ -146,11 +153,6 @@ def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: 
         "temporary_bytes": memory.temp_size_in_bytes,
         "holds": wiring.chip.hbm,
     }
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        # libtpu 0.0.52 cannot read back programs for chips with sparse cores (v5p, v6e) that hold asynchronous updates.
-        return figures | {"unread": str(error).splitlines()[0][:200]}
     program = hlo.Program(text)
     guess = estimate(program, wiring)
     return figures | {
@@ -164,6 +166,21 @@ def report(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: 
             {"bytes": size, "shape": shape, "line": line} for size, shape, line in program.largest_arrays()[:8]
         ],
     }
+
+
+def compiled_text(lowered: jax.stages.Lowered, name: str = "train_step") -> tuple[jax.stages.Compiled, str]:
+    """The program, and its scheduled text; `name` is of the jitted function.
+
+    libtpu 0.0.52 cannot read back programs with collectives on sparse cores (v5p, v6e), so what it dumps on the way is
+    read instead; the dump is of text alone and costs seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        try:
+            return compiled, compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            (dumped,) = pathlib.Path(folder).glob(f"*{name}*.after_codegen.txt")
+            return compiled, dumped.read_text()
 
 
 def _bytes_on_one(tree: Any) -> int:
@@ -218,8 +235,6 @@ def table(figures: Mapping[str, Any]) -> str:
         f"{1 - whole / figures['holds']:.0%} to spare",
         f"  compiled in       {figures['compile_seconds']:8.0f} s",
     ]
-    if "unread" in figures:
-        return "\n".join([*lines, f"  no times: libtpu cannot give this program's text ({figures['unread']})"])
     mfu, seconds = figures["mfu"], figures["seconds"]
     lines += [
         f"  model FLOPs       {figures['model_flops'] / 1e12:8.4g} T; executed "
@@ -274,14 +289,15 @@ def changed(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
 def sweep(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1) -> Iterator[dict[str, Any]]:
     """Reports of meshes x remat policies x micro-batches.
 
-    A choice that keeps less is tried only where one that keeps more did not fit: it would only be slower.
+    A policy that keeps less is tried only where one that keeps more did not fit, and more micro-batches only where the
+    policy that keeps most did not: both would only be slower.
     """
     count = len(devices_of(topology, slices))
     width = train.parse(config).stage.arch.vision.width
     for fsdp in [2**i for i in range(count.bit_length()) if 2**i <= count and width % 2**i == 0]:
-        mesh = {"data": -1, "fsdp": fsdp}
+        mesh = {"dcn": slices, "data": -1, "fsdp": fsdp}
         for micro in (1, 2, 4, 8, 16, 32, 64):
-            fitted = False
+            fitted = None
             for remat in REMAT_POLICIES:
                 try:
                     tried = changed(config, mesh=mesh, micro=micro, remat=remat)
@@ -289,18 +305,15 @@ def sweep(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: i
                 except ValueError:  # this batch does not cut so
                     continue
                 yield figures
-                if fitted := figures["fits"]:
+                if figures["fits"]:
+                    fitted = remat
                     break
-            if fitted:
-                break  # more micro-batches only send the weights more often
+            if fitted == next(iter(REMAT_POLICIES)):
+                break
 
 
 def _speed(figures: Mapping[str, Any]) -> float:
-    return figures.get("seconds", {}).get("middle", float("nan"))
-
-
-def _mfu(figures: Mapping[str, Any]) -> Mapping[str, float]:
-    return figures.get("mfu", dict.fromkeys(READINGS, float("nan")))
+    return figures["seconds"]["middle"]
 
 
 def ranked(reports: list[dict[str, Any]]) -> str:
@@ -308,7 +321,7 @@ def ranked(reports: list[dict[str, Any]]) -> str:
     fitting = sorted((r for r in reports if r["fits"]), key=_speed)
     lines = ["   MFU     band          step     GiB   chips  mesh, micro-batches, remat"]
     for r in fitting:
-        mfu, whole = _mfu(r), (r["argument_bytes"] + r["temporary_bytes"]) / GIB
+        mfu, whole = r["mfu"], (r["argument_bytes"] + r["temporary_bytes"]) / GIB
         band = f"{mfu['cycles']:.1%}-{mfu['roofline']:.1%}"
         how = f"{r['mesh']}, {r['microbatches']}, {r['remat']}"
         lines.append(f"{mfu['middle']:6.1%}  {band:13} {_speed(r):7.3f} s {whole:6.2f} {r['chips']:6}  {how}")
@@ -357,6 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="try meshes, remat policies and micro-batches; rank them")
     parser.add_argument("--smallest", action="store_true", help="find the smallest slice of a kind that it fits")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the figures there too")
+    parser.add_argument("--text", metavar="FILE", type=pathlib.Path, help="write the compiled program there too")
     parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write a page with plots there too")
     args = parser.parse_args(argv)
     try:
@@ -367,12 +381,12 @@ def main(argv: list[str] | None = None) -> int:
         elif args.sweep:
             tries = sweep(config, args.topology, slices=args.slices, phase=args.phase)
         else:
-            tries = iter([report(config, args.topology, slices=args.slices, phase=args.phase)])
+            tries = iter([report(config, args.topology, slices=args.slices, phase=args.phase, text_to=args.text)])
         reports = []
         for figures in tries:
             reports.append(figures)
             if args.sweep or args.smallest:
-                told = f"{_mfu(figures)['middle']:.1%}" if figures["fits"] else "does not fit"
+                told = f"{figures['mfu']['middle']:.1%}" if figures["fits"] else "does not fit"
                 print(
                     f"tried {figures['topology']} {figures['mesh']}, {figures['microbatches']} micro-batches, remat "
                     f"{figures['remat']}: {told} ({figures['compile_seconds']:.0f} s)",

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 from tpu import hlo
 from tpu.chips import HOP_SECONDS, Chip, Wiring
@@ -52,14 +53,17 @@ class Estimate:
         return {reading: model_flops / (seconds * peak) for reading, seconds in self.seconds.items()}
 
 
-def estimate(program: hlo.Program, wiring: Wiring) -> Estimate:
+def estimate(
+    program: hlo.Program, wiring: Wiring, kernel_of: "Callable[[hlo.Instruction], Kernel | None] | None" = None
+) -> Estimate:
     """Walks a program's schedule.
 
     Args:
       program: as compiled for the devices of `wiring`.
       wiring: the slice.
+      kernel_of: what a custom call works, where it is a Pallas kernel; by default what its author told the compiler.
     """
-    walks = {reading: _Walk(program, wiring, reading) for reading in READINGS}
+    walks = {reading: _Walk(program, wiring, reading, kernel_of or Kernel.of) for reading in READINGS}
     for walk in walks.values():
         walk.run()
     middle = walks["middle"]
@@ -76,7 +80,8 @@ def estimate(program: hlo.Program, wiring: Wiring) -> Estimate:
 class _Walk:
     """One reading: a clock, and what is under way beside the core."""
 
-    def __init__(self, program: hlo.Program, wiring: Wiring, reading: str):
+    def __init__(self, program: hlo.Program, wiring: Wiring, reading: str, kernel_of: "Callable[..., Kernel | None]"):
+        self.kernel_of = kernel_of
         self.program, self.wiring, self.chip, self.reading = program, wiring, wiring.chip, reading
         self.now = self.exposed = self.waited = self.kernel_flops = 0.0
         self.wire: collections.Counter[str] = collections.Counter()
@@ -175,7 +180,7 @@ class _Walk:
         """How long the core works on an instruction, and the bytes it moves through HBM."""
         moved = self.program.traffic(computation, one)
         flops = self._padded_flops(computation, one)
-        if one.opcode == "custom-call" and (kernel := _Kernel.of(one)):
+        if one.opcode == "custom-call" and (kernel := self.kernel_of(one)):
             self.kernel_flops += kernel.flops * times
             return kernel.seconds(self.chip, moved, self.reading), moved
         roofline = max(flops / self.chip.peak, moved / self.chip.hbm_rate)
@@ -233,15 +238,15 @@ def _copied(one: hlo.Instruction) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """A Pallas kernel, whose text shows nothing but what its author told the compiler."""
+class Kernel:
+    """The work of one run of a Pallas kernel, whose text shows nothing but what its author told the compiler."""
 
     flops: float
     exponentials: float
     width: int  # the narrow side of its products, as its name ends: "_h96"
 
     @classmethod
-    def of(cls, one: hlo.Instruction) -> "_Kernel | None":
+    def of(cls, one: hlo.Instruction) -> "Kernel | None":
         told = re.search(r'"cost_estimate":\{([^}]*)\}', one.rest)
         if not told:
             return None

@@ -142,7 +142,7 @@ class Program:
           ValueError: if the condition does not hold exactly one.
         """
         condition = self.computations[loop.attribute("condition") or ""]
-        constants = [c for c in condition.values() if c.opcode == "constant" and c.shape.startswith("s32[]")]
+        constants = [c for c in condition.values() if c.opcode == "constant" and c.shape.startswith(("s32[]", "u32[]"))]
         if len(constants) != 1:
             raise ValueError(
                 f"loop {loop.name} has {len(constants)} constants in its condition; its length is unknown."
@@ -307,14 +307,26 @@ class Collective:
     moved: float  # bytes: gathered, reduced or sent on, on one device
 
 
+# Who called them says more than their own lines.
+_HELPERS = frozenset(
+    {"Dense.__call__", "Dense.whole", "gathered", "_gathered", "_gathered_backward", "constrain", "unit"}
+)
+
+
 class _Frames:
     """The tables at the head of a program's text, from a frame's number to a line of source."""
 
     def __init__(self, text: str):
         head = text[: text.find("\n\n%") if "\n\n%" in text else 2_000_000]
-        self._files = dict(re.findall(r'^(\d+) "([^"]*\.py)"$', head, re.M))
+        files, _, functions = head.partition("\nFunctionNames\n")
+        self._files = dict(re.findall(r'^(\d+) "([^"]*\.py)"$', files, re.M))
+        helpers = {n for n, name in re.findall(r'^(\d+) "([^"]*)"$', functions, re.M) if name in _HELPERS}
         self._lines = {
-            n: (file, line) for n, file, line in re.findall(r"^(\d+) \{file_name_id=(\d+) .*?line=(\d+)", head, re.M)
+            n: (file, line)
+            for n, file, function, line in re.findall(
+                r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)", head, re.M
+            )
+            if function not in helpers
         }
         self._stack = {
             n: (place, parent)
@@ -338,24 +350,25 @@ class _Frames:
 
 def group(attributes: str) -> tuple[int, ...]:
     """The first group of a collective, from its `replica_groups` in any of XLA's spellings; () if it has none."""
-    if mesh := re.search(r"replica_groups=(?:mesh)?\[?mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    ):
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        return _along(sizes, re.findall(r"'(\w+)'", mesh[2]))
+        devices = _iota(mesh[2] or str(math.prod(sizes.values())), mesh[3]).reshape(list(sizes.values()))
+        walked = [slice(None) if axis in re.findall(r"'(\w+)'", mesh[4]) else 0 for axis in sizes]
+        return tuple(devices[tuple(walked)].ravel().tolist())
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape = [int(n) for n in iota[3].split(",")]
-        order = np.arange(math.prod(shape)).reshape(shape)
-        if iota[4]:
-            order = order.transpose([int(n) for n in iota[4].split(",")])
-        return tuple(order.reshape(int(iota[1]), int(iota[2]))[0].tolist())
+        return tuple(_iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
         return tuple(int(n) for n in listed[1].split(","))
     return ()
 
 
-def _along(sizes: dict[str, int], axes: list[str]) -> tuple[int, ...]:
-    """The devices met when only these axes of a mesh are walked, from device 0; the last axis is the fastest."""
-    order = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    return tuple(int(n) for n in order[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel())
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in a shape, its axes then in another order; both as written, "16,16" and "1,0"."""
+    sizes = [int(n) for n in shape.split(",")]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return devices.transpose([int(n) for n in order.split(",")]) if order else devices
 
 
 def _dot_flops(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:

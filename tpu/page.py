@@ -38,10 +38,8 @@ def of(name: str, reports: Sequence[Mapping[str, Any]], best: Mapping[str, Any])
         "the compiler's, times are estimates with a band.</p>",
     ]
     if best["fits"]:
-        parts.append(_memory(best))
-    if "seconds" in best:
-        parts += [_time(best), _collectives(best), _buffers(best)]
-    if not best["fits"]:
+        parts += [_memory(best), _time(best), _collectives(best), _buffers(best)]
+    else:
         parts.append(f"<p class=bad>It does not fit: {_gib(best.get('needs', 0))} of {_gib(best.get('holds', 0))}.</p>")
     if len(reports) > 1:
         parts.append(_tried(reports))
@@ -140,14 +138,12 @@ def _buffers(figures: Mapping[str, Any]) -> str:
 
 
 def _tried(reports: Sequence[Mapping[str, Any]]) -> str:
-    order = sorted(reports, key=lambda r: (not r["fits"], -r["mfu"]["middle"] if "mfu" in r else 0))
-    top = max((r["mfu"]["roofline"] for r in reports if "mfu" in r), default=1.0)
+    order = sorted(reports, key=lambda r: (not r["fits"], -r["mfu"]["middle"] if r["fits"] else 0))
+    top = max((r["mfu"]["roofline"] for r in reports if r["fits"]), default=1.0)
     rows = []
     for r in order:
         how = (r["topology"], _mesh(r), r["microbatches"], r["remat"])
-        if r["fits"] and "mfu" not in r:
-            rows.append((*how, _gib(r["argument_bytes"] + r["temporary_bytes"]), "not estimated", ""))
-        elif r["fits"]:
+        if r["fits"]:
             low, middle, high = (100 * r["mfu"][name] / top for name in ("cycles", "middle", "roofline"))
             band = (
                 f'<div class=bar><div style="width:{low:.1f}%"></div><div style="width:{middle - low:.1f}%;'

@@ -52,30 +52,42 @@ def uniform(limit: float) -> nnx.Initializer:
     return lambda key, shape, dtype=jnp.float32, out_sharding=None: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def dense(
-    inputs: int,
-    outputs: int,
-    axes: tuple[str, str],
-    *,
-    dtype: Any,
-    rngs: nnx.Rngs,
-    heads: int | None = None,
-    kernel_init: nnx.Initializer | None = None,
-    bias_init: nnx.Initializer | None = None,
-) -> nnx.Linear:
-    """A linear map of the last axis, kernel [in, out], bias [out]; `heads` is how many a "heads" axis holds."""
-    limit = inputs**-0.5
-    return nnx.Linear(
-        inputs,
-        outputs,
-        dtype=dtype,
-        precision=precision(dtype),
-        kernel_init=kernel_init or uniform(limit),
-        bias_init=bias_init or uniform(limit),
-        kernel_metadata={"axes": axes, "heads": heads},
-        bias_metadata={"axes": axes[1:], "heads": heads},
-        rngs=rngs,
-    )
+class Dense(nnx.Module):
+    """A linear map of the last axis, [..., in] → [..., out].
+
+    Args:
+      inputs, outputs: sizes of the kernel [in, out] and the bias [out].
+      axes: their logical axes, in and out.
+      dtype: computed in; the parameters are float32.
+      heads: how many heads a "heads" axis holds.
+      kernel_init, bias_init: PyTorch's for a Linear by default.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str, str],
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        heads: int | None = None,
+        kernel_init: nnx.Initializer | None = None,
+        bias_init: nnx.Initializer | None = None,
+    ):
+        self.axes, self.dtype = axes, dtype
+        plain = uniform(inputs**-0.5)
+        kernel = (kernel_init or plain)(rngs.params(), (inputs, outputs))
+        self.kernel = nnx.Param(kernel, axes=axes, heads=heads)
+        self.bias = nnx.Param((bias_init or plain)(rngs.params(), (outputs,)), axes=axes[1:], heads=heads)
+
+    def whole(self) -> tuple[Float[Array, "I O"], Float[Array, "O"]]:
+        """Kernel and bias to compute with, whole on every device of the fsdp axis."""
+        return sharding.gathered(self.kernel[...], *self.axes, dtype=self.dtype), self.bias[...].astype(self.dtype)
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        kernel, bias = self.whole()
+        return jnp.dot(x.astype(self.dtype), kernel, precision=precision(self.dtype)) + bias
 
 
 def layer_norm(width: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -138,7 +150,7 @@ class Attention(nnx.Module):
         zeros = nnx.initializers.zeros_init()
         # Columns are head by head its q, k and v, in one axis: matrix products, shards and attention take them as they
         # lie, where axes of their own, 3 and a head's 64 or 96, would be padded to a TPU's tiles and copied.
-        self.qkv = dense(
+        self.qkv = Dense(
             width,
             3 * width,
             ("embed", "heads"),
@@ -148,7 +160,7 @@ class Attention(nnx.Module):
             kernel_init=xavier,
             bias_init=zeros,
         )
-        self.out = dense(width, width, ("heads", "embed"), heads=heads, dtype=dtype, rngs=rngs, bias_init=zeros)
+        self.out = Dense(width, width, ("heads", "embed"), heads=heads, dtype=dtype, rngs=rngs, bias_init=zeros)
 
     def __call__(
         self,
@@ -169,10 +181,10 @@ class Attention(nnx.Module):
 
     def _project(self, x: Array, part: slice) -> Array:
         """[B, N, D] → [parts, B, N, K, H] by some of q, k and v."""
-        dtype, width = self.qkv.dtype, x.shape[-1]
-        kernel = self.qkv.kernel[...].reshape(width, self.heads, 3, -1)[:, :, part].astype(dtype)
-        bias = self.qkv.bias[...].reshape(self.heads, 3, -1)[:, part].astype(dtype)
-        y = jnp.einsum("bnd,dkph->pbnkh", x.astype(dtype), kernel, precision=precision(dtype))
+        kernel, bias = self.qkv.whole()
+        kernel = kernel.reshape(x.shape[-1], self.heads, 3, -1)[:, :, part]
+        bias = bias.reshape(self.heads, 3, -1)[:, part]
+        y = jnp.einsum("bnd,dkph->pbnkh", x.astype(kernel.dtype), kernel, precision=precision(kernel.dtype))
         return y + jnp.swapaxes(bias, 0, 1)[:, None, None]
 
 
@@ -263,8 +275,8 @@ class MLP(nnx.Module):
     """Linear, exact (erf) GELU, Linear: [..., D] → [..., D]."""
 
     def __init__(self, width: int, hidden: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.up = dense(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = dense(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up = Dense(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = Dense(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(gelu(checkpoint_name(self.up(x), "up")))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pe_jax import sharding
 from pe_jax.models.layers import Block, check_computation, layer_norm, precision, scan_blocks, stack
-from pe_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,12 @@ class TextTower(nnx.Module):
             raise ValueError(f"ids are {length} long; this text tower reads at most {c.context_length}: truncate them.")
         # Looked up in the whole table: rows cut over devices would make XLA replicate the tokens of the whole batch.
         # In float32 for the gradient's sake, which adds up over every use of a frequent token.
-        table = constrain(self.token_embedding[...], None, None)
-        x = constrain(jnp.take(table, ids, axis=0) + self.position[:length], "batch", "tokens", None)
+        table = sharding.constrain(self.token_embedding[...], None, None)
+        x = sharding.constrain(jnp.take(table, ids, axis=0) + self.position[:length], "batch", "tokens", None)
         x = scan_blocks(self.blocks, x.astype(c.dtype), layers=(c.depth,), remat=c.remat, causal=True)[c.depth]
         x = self.norm_final(jnp.take_along_axis(x, jnp.argmax(ids, axis=1)[:, None, None], axis=1)[:, 0])
-        return jnp.dot(x, self.projection[...].astype(x.dtype), precision=precision(x.dtype))
+        projection = sharding.gathered(self.projection[...], "embed", "joint", dtype=x.dtype)
+        return jnp.dot(x, projection, precision=precision(x.dtype))
 
 
 def _block(c: TextConfig, rngs: nnx.Rngs) -> Block:

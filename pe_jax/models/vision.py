@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from pe_jax import sharding
 from pe_jax.models.layers import (
     MLP,
     Attention,
@@ -85,7 +86,7 @@ class Patches(nnx.Module):
         patch = self.kernel.shape[0]
         batch, height, width, _ = images.shape
         cut = images.astype(self.dtype).reshape(batch, height // patch, patch, width // patch, patch, 3)
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = sharding.gathered(self.kernel[...], None, None, None, "embed", dtype=self.dtype)
         return jnp.einsum("byixjc,ijcd->byxd", cut, kernel, precision=precision(self.dtype))
 
 
@@ -215,7 +216,8 @@ class VisionTower(nnx.Module):
         elif c.pool == "average":
             x = x.mean(1)
         if c.output_width is not None:
-            x = jnp.dot(x, self.projection[...].astype(x.dtype), precision=precision(x.dtype))
+            projection = sharding.gathered(self.projection[...], "embed", "joint", dtype=x.dtype)
+            x = jnp.dot(x, projection, precision=precision(x.dtype))
         return x
 
     def truncate(self, depth: int) -> "VisionTower":

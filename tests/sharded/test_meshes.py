@@ -31,6 +31,7 @@ MESHES = {
     "tensor": {"data": 4, "tensor": 2},
     "data-fsdp": {"data": 2, "fsdp": 4},
     "all three": {"data": 2, "fsdp": 2, "tensor": 2},
+    "slices": {"dcn": 2, "data": 2, "fsdp": 2},
 }
 
 

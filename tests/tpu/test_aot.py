@@ -56,14 +56,6 @@ def test_what_was_tried_is_ranked_and_what_does_not_fit_comes_last():
     assert [word in line for word, line in zip(("block", "dots", "none"), lines[1:], strict=True)] == [True] * 3
 
 
-def test_a_program_whose_text_cannot_be_had_still_tells_its_bytes():
-    keys = ("executed_flops", "seconds", "mfu", "exposed_seconds", "collectives", "lines", "buffers")
-    unread = {key: value for key, value in FITS.items() if key not in keys} | {"unread": "INTERNAL: async-update"}
-    assert "7.25 of 15.75 GiB" in aot.table(unread) and "no times" in aot.table(unread)
-    assert "not estimated" in page.of("x", [unread, FITS], unread)
-    assert "block" in aot.ranked([unread, FITS])
-
-
 def test_the_page_stands_alone_and_escapes_what_it_shows():
     text = page.of("experiments/x.py:<b>", [FITS, REFUSED], FITS)
     assert "<b>" not in text and "waiting &lt;&amp;&gt;" in text and "does not fit" in text
@@ -93,9 +85,22 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, capsys):
 
 
 @needs_libtpu
-def test_bytes_are_told_for_a_slice_with_sparse_cores_too(capsys):
-    assert aot.main([f"--config={DIGITS}", "--topology=v6e:2x2", "--mesh=fsdp=4", "--batch=512"]) == 0
-    assert "of 31.25 GiB" in capsys.readouterr().out
+def test_a_slice_with_sparse_cores_is_read_too(capsys, tmp_path):
+    args = [f"--config={DIGITS}", "--topology=v6e:2x2", "--mesh=fsdp=4", "--batch=512", f"--text={tmp_path / 'a.txt'}"]
+    assert aot.main(args) == 0
+    told = capsys.readouterr().out
+    assert "of 31.25 GiB" in told and "estimated" in told and "all-gather" in told
+    assert "is_scheduled=true" in (tmp_path / "a.txt").read_text()[:2000]
+
+
+@needs_libtpu
+def test_slices_are_joined_by_the_dcn_axis(capsys):
+    args = [f"--config={DIGITS}", "--topology=v5e:2x2", "--slices=2", "--batch=512"]
+    assert aot.main([*args, "--mesh=data=8"]) == 2
+    assert "there are 2 slices, and the mesh has dcn=1" in capsys.readouterr().err
+    assert aot.main([*args, "--mesh=dcn=2,data=-1"]) == 0
+    told = capsys.readouterr().out
+    assert "2 slices of v5e:2x2, 8 chips" in told and "dcn" in told.partition("collectives")[2]
 
 
 @needs_libtpu

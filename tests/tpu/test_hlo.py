@@ -129,6 +129,9 @@ def test_sizes_are_rounded_up_to_the_tile_they_lie_in():
     [
         ("replica_groups=mesh['a'=2,'b'=3] {'a'}, x", (0, 3)),
         ("replica_groups=mesh['a'=2,'b'=3] {'b'}, x", (0, 1, 2)),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=3], device_ids=([3,2]T(1,0)) {'b'}, x", (0, 1)),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=3], device_ids=([3,2]T(1,0)) {'c'}, x", (0, 2, 4)),
+        ("replica_groups=mesh['a'=2,'b'=3], device_ids=([6]) {'a','b'}, x", (0, 1, 2, 3, 4, 5)),
         ("replica_groups=[3,2]<=[2,3]T(1,0), x", (0, 3)),
         ("replica_groups={{0,4},{1,5}}, x", (0, 4)),
         ("source_target_pairs={{0,2},{2,0}}, x", (0, 2)),
@@ -139,7 +142,7 @@ def test_a_group_is_read_in_each_spelling(attributes, want):
     assert hlo.group(attributes) == want
 
 
-def test_a_line_of_source_is_the_innermost_of_ours():
+def test_a_line_of_source_is_the_innermost_of_ours_but_for_helpers():
     text = TEXT.replace(
         "HloModule step, is_scheduled=true\n",
         """HloModule step, is_scheduled=true
@@ -148,15 +151,22 @@ FileNames
 1 "/somewhere/pe_jax/models/layers.py"
 2 "/somewhere/site-packages/flax/nnx.py"
 
+FunctionNames
+1 "MLP.__call__"
+2 "dot"
+3 "Dense.__call__"
+
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=83 end_line=83 column=12 end_column=77}
-2 {file_name_id=2 function_name_id=1 line=7 end_line=9 column=12 end_column=77}
+2 {file_name_id=2 function_name_id=2 line=7 end_line=9 column=12 end_column=77}
+3 {file_name_id=1 function_name_id=3 line=44 end_line=44 column=12 end_column=77}
 
 StackFrames
 1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=3 parent_frame_id=1}
+3 {file_location_id=2 parent_frame_id=2}
 """,
-    ).replace("to_apply=%add\n", 'to_apply=%add, metadata={op_name="jit(f)/add" stack_frame_id=2}\n', 1)
+    ).replace("to_apply=%add\n", 'to_apply=%add, metadata={op_name="jit(f)/add" stack_frame_id=3}\n', 1)
     program = hlo.Program(text)
     assert program.source(program.computations["main"]["sum.1"]) == "pe_jax/models/layers.py:83"
     assert program.source(program.computations["main"]["sum.2"]) == "the compiler's own"
