@@ -1,29 +1,28 @@
-"""Captions per minute per core of the MetaCLIP curation: python -m benchmarks.curation
+"""Curation of image-text pairs as MetaCLIP does it: matching beside pyahocorasick, in memory beside Apache Beam.
 
-Needs the extra `curation`; pyahocorasick, where installed, is timed beside our matcher and its result compared. Words
-are made up, their frequencies follow Zipf's law; entries are single words, pairs and triples of them, as MetaCLIP's
-unigrams, bigrams and titles. Reported is CPU time, of all processes together, so that a busy machine counts little.
+  python -m benchmarks.curation
+
+The peers want pyahocorasick and the extra `curation`; `make curation` makes an environment with Beam. Words are made
+up, their frequencies follow Zipf's law; entries are single words, pairs and triples of them, as MetaCLIP's unigrams,
+bigrams and titles. The time is CPU time, of all processes together, so that a busy machine counts little.
 """
 
-import argparse
-import contextlib
-import datetime
+import functools
+import hashlib
 import itertools
 import json
-import os
-import platform
 import random
 import resource
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pe_jax.engine import metaclip, metaclip_beam
+from benchmarks import turns
+from benchmarks.results import OURS
 
-RESULTS = Path(__file__).parent / "results"
+PYAHOCORASICK, BEAM, BEAM_TWO = "pyahocorasick", "Beam, 1 worker", "Beam, 2 processes"
 
 
 def corpus(captions: int, entries: int, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -51,98 +50,112 @@ def corpus(captions: int, entries: int, seed: int = 0) -> tuple[list[str], list[
     return texts, list(found)
 
 
-def cpu_seconds() -> float:
+def prepare(program: Callable[..., Callable[[], bytes]], work: str, captions: int, entries: int) -> Callable[[], Any]:
+    """What a worker runs: all captions once, giving a digest of the result.
+
+    Args:
+      program: builds it from the captions, the entries and `work`.
+      work: "match" captions with entries, or "curate" from files to files.
+      captions, entries: how many, of `corpus`.
+    """
+    run = program(*corpus(captions, entries), work)
+
+    def timed() -> dict[str, Any]:
+        start = _cpu_seconds()
+        result = run()
+        return {"seconds": _cpu_seconds() - start, "digest": hashlib.sha256(result).hexdigest()}
+
+    return timed
+
+
+def _cpu_seconds() -> float:
     """Of this process and its ended children."""
     uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
-def timed(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    result = run()
-    return result, {"wall_s": time.perf_counter() - wall, "cpu_s": cpu_seconds() - cpu}
+def _ours(texts: list[str], entries: list[str], work: str) -> Callable[[], bytes]:
+    from pe_jax.engine import metaclip
+
+    if work == "curate":
+        return _curated(metaclip.curate, texts, entries)
+    matcher = metaclip.Matcher(entries)
+    return lambda: json.dumps([matcher(text) for text in texts]).encode()
 
 
-def programs(texts: list[str], entries: list[str], folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    matcher, seconds = timed(lambda: metaclip.Matcher(entries))
-    yield "build the matcher (once a worker)", seconds
-    ours, seconds = timed(lambda: [matcher(text) for text in texts])
-    yield "match", seconds
-    with contextlib.suppress(ModuleNotFoundError):
-        import ahocorasick  # pyright: ignore[reportMissingImports]
+def _pyahocorasick(texts: list[str], entries: list[str], _: str) -> Callable[[], bytes]:
+    import ahocorasick  # pyright: ignore[reportMissingImports]
 
-        automaton = ahocorasick.Automaton()
-        for number, entry in enumerate(entries):
-            automaton.add_word(f" {entry} ", number)
-        automaton.make_automaton()
-        theirs, seconds = timed(
-            lambda: [sorted({number for _, number in automaton.iter(metaclip.spaced(text))}) for text in texts]
-        )
-        assert ours == theirs, "the matchers differ"
-        yield "match, pyahocorasick", seconds
+    from pe_jax.engine import metaclip
 
-    path = folder / "in.jsonl"
+    automaton = ahocorasick.Automaton()
+    for number, entry in enumerate(entries):
+        automaton.add_word(f" {entry} ", number)
+    automaton.make_automaton()
+
+    def found(text: str) -> list[int]:
+        return sorted({number for _, number in automaton.iter(metaclip.spaced(text))})
+
+    return lambda: json.dumps([found(text) for text in texts]).encode()
+
+
+def _beam(texts: list[str], entries: list[str], _: str, flags: tuple[str, ...] = ()) -> Callable[[], bytes]:
+    from pe_jax.engine import metaclip_beam
+
+    return _curated(functools.partial(metaclip_beam.run, flags=flags), texts, entries)
+
+
+def _curated(curate: Callable[..., Any], texts: list[str], entries: list[str]) -> Callable[[], bytes]:
+    """All files that `curate` writes, by their names."""
+    from pe_jax.engine import metaclip
+
+    folder = tempfile.TemporaryDirectory()  # goes with the process
+    path = Path(folder.name, "in.jsonl")
     with path.open("w") as file:
         for number, text in enumerate(texts):
             record = {"url": f"https://example.org/{number}.jpg", "caption": text, "width": 640, "height": 480}
             file.write(json.dumps(record) + "\n")
     options = metaclip.Curation(max(20, len(texts) // 500), min_width=200, max_aspect=3, shards=8)
-    results = []
-    runs: dict[str, Callable[[str], Any]] = {
-        "curate in memory": lambda out: metaclip.curate(str(path), entries, options, out)
-    }
-    with contextlib.suppress(ModuleNotFoundError):
-        metaclip.require_beam()
-        flags = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
-        runs["Beam, 1 worker"] = lambda out: metaclip_beam.run(str(path), entries, options, out)
-        runs["Beam, 2 processes"] = lambda out: metaclip_beam.run(str(path), entries, options, out, flags)
-    for number, (name, run) in enumerate(runs.items()):
-        out = folder / str(number)
-        _, seconds = timed(lambda run=run, out=out: run(str(out)))
-        results.append({file.name: file.read_bytes() for file in out.iterdir()})
-        yield name, seconds
-    assert all(result == results[0] for result in results), "the outputs differ"
-    report = json.loads(results[0]["report.json"])
-    print(
-        f"all outputs are the same bytes; kept {report['kept']:,} of {report['pairs']:,} pairs at t={options.threshold}"
-    )
+
+    def run() -> bytes:
+        with tempfile.TemporaryDirectory(dir=folder.name) as out:
+            curate(str(path), entries, options, f"{out}/curated")
+            files = sorted(Path(out, "curated").iterdir())
+            return b"".join(file.name.encode() + file.read_bytes() for file in files)
+
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=int, default=100_000)
-    parser.add_argument("--entries", type=int, default=60_000)
-    args = parser.parse_args()
-    texts, entries = corpus(args.captions, args.entries)
-    print(f"{len(texts):,} captions of {sum(map(len, texts)) / len(texts):.0f} letters, {len(entries):,} entries")
-    print(f"{'':<36}{'wall':>8}{'CPU':>8}{'µs a caption':>14}{'captions a minute a core':>26}")
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, seconds in programs(texts, entries, Path(folder)):
-            cpu = seconds["cpu_s"]
-            rate = len(texts) / cpu * 60
-            figures[name] = {**seconds, "captions_per_minute_per_core": rate}
-            print(f"{name:<36}{seconds['wall_s']:>6.1f} s{cpu:>6.1f} s{cpu / len(texts) * 1e6:>14.1f}{rate:>26,.0f}")
-    RESULTS.mkdir(exist_ok=True)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "apache_beam": _version("apache-beam"),
-        "pyahocorasick": _version("pyahocorasick"),
-        "captions": len(texts),
-        "entries": len(entries),
-        "figures": figures,
-    }
-    (RESULTS / "curation.json").write_text(json.dumps(result, indent=1) + "\n")
+def same(found: Mapping[str, Any], _: Mapping[str, Any]) -> None:
+    for program, out in found.items():
+        assert out["digest"] == found[OURS]["digest"], f"{program} does not give what ours does"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _cases(captions: int, entries: int) -> list[turns.Case]:
+    def case(work: str, *programs: str) -> turns.Case:
+        settings = {"work": work, "captions": captions, "entries": entries}
+        title = f"{work} {captions:,} captions, {entries:,} entries"
+        return turns.Case(title, settings, (OURS, *programs), ("captions a minute a core", 60 * captions))
 
+    return [case("match", PYAHOCORASICK), case("curate", BEAM, BEAM_TWO)]
+
+
+TWO = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
+BENCHMARK = turns.Benchmark(
+    "curation",
+    __doc__ or "",
+    {
+        OURS: turns.Program(functools.partial(prepare, _ours)),
+        PYAHOCORASICK: turns.Program(functools.partial(prepare, _pyahocorasick), ("ahocorasick",)),
+        BEAM: turns.Program(functools.partial(prepare, _beam), ("apache_beam",)),
+        BEAM_TWO: turns.Program(functools.partial(prepare, functools.partial(_beam, flags=TWO)), ("apache_beam",)),
+    },
+    cases=_cases(100_000, 60_000),
+    quick=_cases(500, 300),
+    same=same,
+    packages=("apache-beam", "pyahocorasick"),
+    rounds=7,
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(BENCHMARK.main())

@@ -3,53 +3,73 @@
 Runs in the environment of `make parity`. Both read the same JPEG files, crop and resize to 224 px, change brightness
 and saturation, flip, tokenise the caption and batch by 64; ours with a thread per core, torch's with a worker process
 per core (PIL, torchvision's transforms, open_clip's tokenizer). What is timed is the steady state: from the first batch
-of a fresh loader to the last, with no consumer behind it. The files lie in the page cache.
+of a fresh loader to the last, with no consumer behind it. The files lie in the page cache. They are made of the
+photographs at $PE_JAX_DATA/photos, or where that is unset of the two that come with scikit-learn.
 """
 
-import argparse
+import functools
 import json
+import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import turns
+from benchmarks.results import OURS
 
+TORCH = "torch's DataLoader"
 SIZE, BATCH, CONTEXT = 224, 64, 32
-SIDES = {"1080p": (1920, 1080), "512 px": (768, 512)}  # width, height
 RECORDS = 4096  # more than a run reads
 SCALE, RATIO, JITTER = (0.08, 1.0), (0.75, 1.33), 0.32
 
 
-def make_files(folder: Path, photos: Path, side: tuple[int, int]) -> Path:
-    """The photos at one size as JPEG of quality 90, and the list of records, which names each many times."""
+def photographs() -> list[Path]:
+    """The sample data's at $PE_JAX_DATA/photos, or the two that come with scikit-learn."""
+    if data := os.environ.get("PE_JAX_DATA"):
+        found = sorted(Path(data, "photos").glob("coco_*.jpg"))
+        if not found:
+            raise FileNotFoundError(
+                f"{data}/photos has no coco_*.jpg; point PE_JAX_DATA at the sample data, or unset it."
+            )
+        return found
+    import sklearn.datasets
+
+    return sorted(Path(name) for name in sklearn.datasets.load_sample_images().filenames)
+
+
+def make_files(folder: Path, side: tuple[int, int]) -> Path:
+    """The photographs at one size as JPEG of quality 90, and the list of records, which names each many times."""
     import PIL.Image
     import PIL.ImageOps
 
     names = []
-    for path in sorted(photos.glob("coco_*.jpg")):
+    for path in photographs():
         with PIL.Image.open(path) as image:
-            name = f"{side[1]}_{path.name}"
-            PIL.ImageOps.fit(image.convert("RGB"), side).save(folder / name, quality=90)
-            names.append(name)
-    if not names:
-        raise FileNotFoundError(f"{photos} holds no photos; point PE_JAX_DATA at the sample data.")
-    listing = folder / f"{side[1]}.jsonl"
+            PIL.ImageOps.fit(image.convert("RGB"), side).save(folder / path.name, quality=90)
+            names.append(path.name)
+    listing = folder / "records.jsonl"
     rows = ({"image": names[i % len(names)], "caption": f"a photo of thing number {i}"} for i in range(RECORDS))
     listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return listing
 
 
-def prepare(program: str, listing: Path, batches: int) -> Callable[[], Any]:
-    """What a worker runs: `batches` batches after the first one of a fresh loader."""
-    start = {"ours": _ours, "torch": _torch}[program](listing)
+def prepare(start: Callable[[Path], Any], side: tuple[int, int], batches: int) -> Callable[[], Any]:
+    """What a worker runs: `batches` batches after the first one of a fresh loader.
 
-    def run() -> dict[str, Any]:
-        iterator, close = start()
+    Args:
+      start: from a list of records to a call that gives a fresh iterator of batches, and what closes it.
+      side: width and height of the JPEG files.
+      batches: how many are timed.
+    """
+    folder = tempfile.TemporaryDirectory()  # goes with the process, which `run` keeps it for
+    fresh = start(make_files(Path(folder.name), side))
+
+    def run(_: Any = folder) -> dict[str, Any]:
+        iterator, close = fresh()
         first = next(iterator)
         began = time.perf_counter()
         for _ in range(batches):
@@ -125,36 +145,37 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def same(found: Mapping[str, Any]) -> None:
-    shapes = {program: sorted(np.prod(shape) for shape in out["shapes"]) for program, out in found.items()}
-    assert shapes["ours"] == shapes["torch"], shapes
-    # other crops of the same photos: their mean brightness agrees roughly
-    assert abs(found["ours"]["mean"] - found["torch"]["mean"]) < 15, found
+def same(found: Mapping[str, Any], _: Mapping[str, Any]) -> None:
+    ours = found[OURS]
+    for program, out in found.items():
+        sizes, own = (sorted(math.prod(shape) for shape in it["shapes"]) for it in (out, ours))
+        assert sizes == own, f"{program} gives batches of {out['shapes']}, ours {ours['shapes']}"
+        # other crops of the same photos: their mean brightness agrees roughly
+        assert abs(ours["mean"] - out["mean"]) < 15, f"{program}: mean pixel {out['mean']:.0f}, ours {ours['mean']:.0f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", action="append", choices=SIDES, help="default: both")
-    parser.add_argument("--batches", type=int, default=6, help="timed in a round")
-    parser.add_argument("--data", default=os.environ.get("PE_JAX_DATA", "../shared/data"), help="the sample data")
-    parser.add_argument("--listing", type=Path, help=argparse.SUPPRESS)
-    turns.add_arguments(parser)
-    args = parser.parse_args()
-    if args.worker:
-        return turns.serve(lambda: prepare(args.worker, args.listing, args.batches))
-    report = turns.report("jax", "grain", "torch", "torchvision", "pillow", "numpy") | {"loader": []}
-    cores, images = os.cpu_count() or 1, args.batches * BATCH
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.size or SIDES:
-            listing = make_files(Path(folder), Path(args.data) / "photos", SIDES[name])
-            print(f"{name} JPEG to {SIZE} px, {cores} cores", flush=True)
-            arguments = ("--listing", str(listing), "--batches", str(args.batches))
-            result = turns.measure("benchmarks.loader", ("ours", "torch"), arguments, args, same)
-            report["loader"].append({"size": name, "images": images} | result)
-            turns.show(result, ("ours", "torch"), "images/s a core", lambda s: f"{images / s / cores:.1f}")
-    if not args.no_save:
-        turns.save("loader", report)
+def _case(side: tuple[int, int], batches: int) -> turns.Case:
+    width, height = side
+    photos = "photos" if os.environ.get("PE_JAX_DATA") else "two photos"
+    rate = "images/s a core", batches * BATCH / (os.cpu_count() or 1)
+    settings = {"side": side, "batches": batches}
+    return turns.Case(f"{photos} of {width} x {height} to {SIZE} px", settings, (OURS, TORCH), rate)
 
+
+BENCHMARK = turns.Benchmark(
+    "loader",
+    __doc__ or "",
+    {
+        OURS: turns.Program(functools.partial(prepare, _ours)),
+        TORCH: turns.Program(functools.partial(prepare, _torch), ("torch", "torchvision", "open_clip")),
+    },
+    cases=[_case(side, 6) for side in ((1920, 1080), (768, 512))],
+    quick=[_case((384, 256), 1)],
+    same=same,
+    packages=("jax", "grain", "torch", "torchvision", "pillow", "numpy"),
+    rounds=7,
+    processes=True,
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(BENCHMARK.main())
