@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from pe_jax import paths
 from pe_jax.types import Params
 
 FORMAT = 1  # of this layout; raised when a reader of today could not read it
@@ -55,7 +56,7 @@ class Checkpointer:
         for name, value in (("every_steps", every_steps), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"checkpoint.{name}={value} must be at least 1.")
-        self.directory = epath.Path(os.path.abspath(directory) if "://" not in str(directory) else directory)
+        self.directory = paths.absolute(directory)
         self.every_steps = every_steps
         policies: Any = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)]
@@ -167,7 +168,7 @@ def save_weights(path: str | os.PathLike[str], params: Params, metadata: Mapping
     Raises:
       CheckpointError: if `path` exists, or `architecture` is missing.
     """
-    path = _absolute(path)
+    path = paths.absolute(path)
     if path.exists():
         raise CheckpointError(f"{path} exists; choose another name or delete it first.")
     if "architecture" not in metadata:
@@ -224,7 +225,8 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
     Raises:
       CheckpointError: if there is none.
     """
-    path = _absolute(path)
+    path = paths.absolute(path)
+    paths.reach(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist.")
     for folder in (path / STEPS, path):
@@ -239,15 +241,15 @@ def find(path: str | os.PathLike[str]) -> epath.Path:
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a directory of ours, rather than a weights file or a folder of safetensors shards."""
-    path = _absolute(path)
+    path = paths.absolute(path)
     return path.is_dir() and not any(path.glob("*.safetensors*"))
 
 
 def complete_steps(directory: str | os.PathLike[str]) -> list[int]:
     """The numbers of the complete steps in `directory`, ascending."""
-    directory = _absolute(directory)
+    directory = paths.absolute(directory)
     # A bucket has no atomic rename: there a step is complete when its marker is.
-    marked = "://" in str(directory)
+    marked = paths.is_bucket(directory)
     return sorted(
         int(child.name)
         for child in directory.iterdir()
@@ -271,7 +273,7 @@ def only_writer(workdir: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
       CheckpointError: if another process on this file system holds it, naming process and host.
     """
-    if "://" in str(workdir):  # buckets have no locks
+    if paths.is_bucket(workdir):  # which has no locks; two runs there must be kept apart by whoever starts them
         yield
         return
     os.makedirs(workdir, exist_ok=True)
@@ -291,10 +293,6 @@ def only_writer(workdir: str | os.PathLike[str]) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)  # the file stays: deleting it would let two later processes lock two files of this name
-
-
-def _absolute(path: str | os.PathLike[str]) -> epath.Path:
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _describe(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:

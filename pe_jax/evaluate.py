@@ -2,25 +2,27 @@
 
 import importlib.util
 import json
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pe_jax import evals
+from pe_jax import evals, paths
 from pe_jax.evals.inference import Model
 
 
 def read_config(spec: str) -> dict[str, Any]:
     """A run's config as plain dicts: `experiments/x.py`, `experiments/x.py:ARG`, or a run's workdir or config.json.
 
+    The workdir may be in a bucket.
+
     Raises:
       ValueError: if there is no such file, or it is no config.
     """
-    path, _, argument = spec.partition(":") if ".py" in spec else (spec, "", "")
-    file = pathlib.Path(path)
+    path, _, argument = spec.partition(":") if ".py" in spec and not paths.is_bucket(spec) else (spec, "", "")
+    file = paths.path(path)
+    paths.reach(file)
     if file.is_dir():
         file = file / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file} does not exist; give an experiment's .py file, or the workdir of a run.")
     if file.suffix == ".json":
         return json.loads(file.read_text())

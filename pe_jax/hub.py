@@ -11,7 +11,7 @@ import re
 import shutil
 from typing import Any, NamedTuple
 
-from etils import epath
+from pe_jax import paths
 
 INDEX = "model.safetensors.index.json"  # of a repository whose weights are cut into shards
 _FILES = (".pt", ".pth", ".safetensors")
@@ -57,7 +57,7 @@ def resolve(name_or_url: str | os.PathLike, offline: bool = False) -> str:
     Raises:
       FileNotFoundError: if it is nowhere, or cannot be fetched; says which file to fetch and where to put it.
       ModuleNotFoundError: if the library that fetches it is not installed; says how to install it.
-      ValueError: for an address that is not of these forms.
+      ValueError: for an address that is not of these forms, or a bucket that cannot be read; says why.
     """
     name = os.fspath(name_or_url)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -175,22 +175,18 @@ def _bucket(url: str, offline: bool) -> str:
     if offline:
         what = f"is not in the cache ({kept})" if is_file else "is a directory of a bucket"
         raise FileNotFoundError(f"{url} {what}, and offline nothing is fetched. Copy it here and give its path.")
+    source: Any = paths.path(url)
+    paths.reach(url)
+    if not source.exists():
+        raise FileNotFoundError(f"{url} does not exist, though its bucket does; look for its name there.")
+    if not is_file:
+        return url
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(f".{kept.name}.{os.getpid()}.part")
     try:
-        source: Any = epath.Path(url)
-        if not source.exists():
-            raise FileNotFoundError(f"{url} does not exist, or this machine may not read it: `gcloud auth login`.")
-        if not is_file:
-            return url
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_name(f".{kept.name}.{os.getpid()}.part")
-        try:
-            with source.open("rb") as file, open(part, "wb") as copy:
-                shutil.copyfileobj(file, copy, 16 << 20)
-            part.replace(kept)
-        finally:
-            part.unlink(missing_ok=True)
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"{url}: reading buckets needs gcsfs: pip install 'pe-jax[gcp]'. Or copy it here and give its path."
-        ) from error
+        with source.open("rb") as file, open(part, "wb") as copy:
+            shutil.copyfileobj(file, copy, 16 << 20)
+        part.replace(kept)
+    finally:
+        part.unlink(missing_ok=True)
     return str(kept)

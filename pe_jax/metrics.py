@@ -2,13 +2,18 @@
 
 `losses.csv` has one row per logged step with every float32 exact (read back, it is the same number), so that two runs
 can be compared bit for bit; `evals.csv` has one row per figure of an evaluator. TensorBoard needs the `tb` extra.
+Into a bucket, where nothing can be appended to, they go as whole files: every half minute, and before each save.
 """
 
+import concurrent.futures
 import contextlib
 import csv
 import importlib.util
 import os
+import pathlib
+import shutil
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +21,9 @@ from typing import IO, Any
 
 import jax
 import numpy as np
+from etils import epath
+
+from pe_jax import paths
 
 # clu 0.0.12 imports TensorFlow for its own TensorBoard writer, which we replace; a stub in that place keeps it away.
 _stub: Any = types.ModuleType("clu.metric_writers.summary_writer")
@@ -44,17 +52,19 @@ def writer(workdir: str | os.PathLike[str], resumed_step: int | None = None, *, 
     """The writers of a run: CSV always, TensorBoard where tensorboardX is installed; nothing but on process 0.
 
     Args:
-      workdir: where `losses.csv`, `evals.csv` and `tensorboard/` go.
+      workdir: where `losses.csv`, `evals.csv` and `tensorboard/` go, local or gs://.
       resumed_step: rows after this step are dropped: the run, restored from there, writes them again. None starts new.
       evaluated: whether this step's own evaluations are done, so that their rows stay.
     """
     if jax.process_index() != 0:
         return MultiWriter([])
+    copy = BucketWriter(paths.path(workdir)) if paths.is_bucket(workdir) else None
+    workdir = workdir if copy is None else copy.folder
     os.makedirs(workdir, exist_ok=True)
     writers: list[MetricWriter] = [CsvWriter(workdir, resumed_step, evaluated=evaluated)]
     if importlib.util.find_spec("tensorboardX"):
         writers.append(TensorBoardWriter(os.path.join(workdir, "tensorboard"), resumed_step))
-    return MultiWriter(writers)
+    return MultiWriter(writers if copy is None else [*writers, copy])
 
 
 class _ScalarsOnly(MetricWriter):
@@ -139,10 +149,51 @@ class TensorBoardWriter(_ScalarsOnly):
         self._writer.close()
 
 
+class BucketWriter(_ScalarsOnly):
+    """Copies what other writers keep in `folder`, of this machine, into a bucket; the last of a run's writers.
+
+    `write_scalars` copies in the background, so that no step waits for it, and what fails there is tried again at the
+    next turn. `flush` and `close` return when everything is in the bucket, and raise what stands in the way.
+    """
+
+    def __init__(self, target: epath.Path, *, seconds: float = 30.0):
+        """Begins with the CSV files that `target` has; `seconds` is the least time between two copies of a file."""
+        self._scratch = tempfile.TemporaryDirectory(prefix="pe_jax-", ignore_cleanup_errors=True)
+        self.folder, self._target, self._seconds = pathlib.Path(self._scratch.name), target, seconds
+        for name in ("losses.csv", "evals.csv"):
+            if (target / name).exists():
+                (self.folder / name).write_bytes((target / name).read_bytes())
+        self._sizes: dict[pathlib.Path, int] = {}  # of what is copied; the files only grow
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "metrics")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._last = time.monotonic()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        if time.monotonic() - self._last >= self._seconds and (self._pending is None or self._pending.done()):
+            self._last, self._pending = time.monotonic(), self._pool.submit(self._copy)
+
+    def flush(self) -> None:
+        self._last = time.monotonic()
+        self._pool.submit(self._copy).result()  # after one in the background
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._pool.shutdown()
+            self._scratch.cleanup()
+
+    def _copy(self) -> None:
+        for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            if (size := file.stat().st_size) != self._sizes.get(file):
+                with file.open("rb") as local, (self._target / file.relative_to(self.folder)).open("wb") as remote:
+                    shutil.copyfileobj(local, remote, 1 << 20)
+                self._sizes[file] = size
+
+
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The complete rows of a CSV file of ours; a last line cut short by a kill is left out."""
-    with open(path, newline="") as file:
-        text = file.read()
+    text = paths.path(path).read_bytes().decode()
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 

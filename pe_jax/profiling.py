@@ -11,10 +11,13 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+
+from pe_jax import paths
 
 # Names of `jax.named_scope` in the update, by which the summary adds up.
 SCOPES = ("vision", "text", "loss", "mask_regularisation", "optimizer")
@@ -79,7 +82,8 @@ class Tracer:
     ):
         """What a window's trace holds goes to DIRECTORY/FIRST; a window that has begun by step `done` is left out."""
         self._windows = {window.first: window for window in windows if window.first > done}
-        self._directory, self._tell, self._open = pathlib.Path(directory), tell, None
+        self._directory, self._tell, self._open = paths.path(directory), tell, None
+        self._scratch: Any = None
         if missed := [str(window) for window in windows if window.first <= done]:
             tell(f"not traced: {', '.join(missed)}, for the run goes on after step {done}")
 
@@ -91,8 +95,10 @@ class Tracer:
         with self._tolerated(self._windows[step]):
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every Python call would be an event, and slow the host we look at
-            options.session_id = str(step)  # names the folder below, the same on all hosts
-            jax.profiler.start_trace(self._scratch(step), profiler_options=options)
+            # Written apart and copied: the profiler writes to no bucket, and calls its files after the host, which
+            # processes may share.
+            self._scratch = tempfile.TemporaryDirectory(prefix="pe_jax-")
+            jax.profiler.start_trace(self._scratch.name, profiler_options=options)
             self._open = self._windows[step]
         return True
 
@@ -105,17 +111,17 @@ class Tracer:
         folder, name = self._directory / str(window.first), f"process-{jax.process_index()}"
         with self._tolerated(window):
             jax.profiler.stop_trace()
-            # Written apart and moved, since the profiler calls files after the host, which processes may share.
             traces = folder / "plugins" / "profile" / str(window.first)
             traces.mkdir(parents=True, exist_ok=True)
+            scratch = pathlib.Path(self._scratch.name)
             for suffix in (".xplane.pb", ".trace.json.gz"):
-                for path in self._scratch(window.first).rglob(f"*{suffix}"):
-                    path.replace(traces / (name + suffix))
-            shutil.rmtree(self._scratch(window.first))
-            (folder / f"{name}.txt").write_text(
-                f"{window}, process {jax.process_index()}\n"
-                + summary(jax.profiler.ProfileData.from_file(str(traces / f"{name}.xplane.pb")), _text(update), window)
-            )
+                for path in scratch.rglob(f"*{suffix}"):
+                    with path.open("rb") as local, (traces / (name + suffix)).open("wb") as copy:
+                        shutil.copyfileobj(local, copy, 1 << 20)
+            (plane,) = scratch.rglob("*.xplane.pb")
+            told = summary(jax.profiler.ProfileData.from_file(str(plane)), _text(update), window)
+            (folder / f"{name}.txt").write_text(f"{window}, process {jax.process_index()}\n{told}")
+            self._scratch.cleanup()
             self._tell(
                 f"{window} traced: {folder / name}.txt says what the device's time went to; for the timeline "
                 f"`pip install xprof` and `xprof --logdir={self._directory}`, or open a .trace.json.gz in Perfetto"
@@ -128,11 +134,8 @@ class Tracer:
             window, self._open = self._open, None
             with self._tolerated(window):
                 jax.profiler.stop_trace()
-                shutil.rmtree(self._scratch(window.first))
+                self._scratch.cleanup()
                 self._tell(f"not traced: {window}, for the run ends before")
-
-    def _scratch(self, first: int) -> pathlib.Path:
-        return self._directory / str(first) / f".process-{jax.process_index()}"
 
     @contextlib.contextmanager
     def _tolerated(self, window: Window) -> Iterator[None]:

@@ -11,15 +11,15 @@ import io
 import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from pe_jax import evals, metrics
+from pe_jax import evals, metrics, paths
 from pe_jax.evals import inference, pictures, probes, records, zero_shot
 from pe_jax.models.clip import CLIP
 from pe_jax.types import split
@@ -79,9 +79,10 @@ def read(workdir: str | os.PathLike[str]) -> Run:
     Raises:
       ValueError: if it is not the workdir of a contrastive run that has logged something.
     """
-    folder = pathlib.Path(workdir)
+    folder = paths.path(workdir)
+    paths.reach(folder)
     for name in ("config.json", "losses.csv"):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise ValueError(f"{folder} has no {name}; give the --workdir of a run of pe_jax.train.")
     config = json.loads((folder / "config.json").read_text())
     if config.get("stage", {}).get("name") != "contrastive":
@@ -93,7 +94,7 @@ def read(workdir: str | os.PathLike[str]) -> Run:
     ]
     if not losses:
         raise ValueError(f"{folder}/losses.csv has no row yet; wait until the run has logged a step.")
-    figures = metrics.read_rows(folder / "evals.csv") if (folder / "evals.csv").is_file() else []
+    figures = metrics.read_rows(folder / "evals.csv") if (folder / "evals.csv").exists() else []
     boundaries, seen = [], 0
     for phase in config["phases"]:
         size = phase.get("batch_size", config["batch_size"])
@@ -104,12 +105,12 @@ def read(workdir: str | os.PathLike[str]) -> Run:
 
 def write(
     workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
-) -> tuple[dict[str, Any], pathlib.Path]:
+) -> tuple[dict[str, Any], epath.Path]:
     """Writes report.html, report.json and the PNG files.
 
     Args:
-      workdir: of the run.
-      out: the folder to write to, made if it is missing; WORKDIR/report by default.
+      workdir: of the run, local or gs://.
+      out: the folder to write to, local or gs://, made if it is missing; WORKDIR/report by default.
 
     Returns:
       The figures of report.json, and the path of the page.
@@ -124,16 +125,15 @@ def write(
     run = read(workdir)
     model = pe_jax.load(os.fspath(workdir))
     assert isinstance(model, CLIP)
-    out = pathlib.Path(workdir) / "report" if out is None else pathlib.Path(out)
+    out = paths.path(workdir) / "report" if out is None else paths.path(out)
     out.mkdir(parents=True, exist_ok=True)
     summary, figures, notes = _gather(run, model, plot)
     for figure in figures:
         (out / figure.name).write_bytes(figure.png)
     (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     page = out / "report.html"
-    page.write_text(
-        _page("/".join(pathlib.Path(workdir).resolve().parts[-2:]), summary, figures, notes, run.config), "utf-8"
-    )
+    name = "/".join(paths.absolute(workdir).parts[-2:])
+    page.write_bytes(_page(name, summary, figures, notes, run.config).encode())
     return summary, page
 
 

@@ -10,7 +10,7 @@ step is being compiled or an evaluation runs; the evaluation then comes first wh
 
 `--profile=100:5` traces steps 100 to 104 (docs/profiling.md).
 
-In WORKDIR: config.json, losses.csv, evals.csv, tensorboard/, checkpoints/, profile/.
+In WORKDIR, local or gs://: config.json, losses.csv, evals.csv, tensorboard/, checkpoints/, profile/.
 """
 
 import concurrent.futures
@@ -19,7 +19,6 @@ import dataclasses
 import difflib
 import json
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -32,10 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from pe_jax import checkpoint, metrics, optim, profiling, sharding, stages
+from pe_jax import checkpoint, metrics, optim, paths, profiling, sharding, stages
 from pe_jax.models import zoo
 from pe_jax.models.clip import CLIPConfig
 from pe_jax.types import Batch, Metrics, Params, split
@@ -251,7 +251,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], *, profile
 
     Args:
       config: as an experiment's `get_config` returns it, in plain dicts.
-      workdir: where all that the run writes goes.
+      workdir: where all that the run writes goes, local or gs://.
       profile: steps to trace, "FIRST:COUNT,FIRST:COUNT"; it changes nothing of what the run computes.
 
     Returns:
@@ -264,14 +264,16 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], *, profile
     """
     run = parse(config)
     windows = profiling.parse(profile, [phase.steps for phase in run.phases])
+    folder = paths.path(workdir)
+    paths.reach(folder)
     with (
         StopSignal() as stop,
-        checkpoint.only_writer(workdir) if jax.process_index() == 0 else contextlib.nullcontext(),
+        checkpoint.only_writer(folder) if jax.process_index() == 0 else contextlib.nullcontext(),
         checkpoint.Checkpointer(
-            pathlib.Path(workdir) / checkpoint.STEPS, every_steps=run.save_every, keep=run.keep, best=run.best
+            folder / checkpoint.STEPS, every_steps=run.save_every, keep=run.keep, best=run.best
         ) as saver,
     ):
-        return _Loop(run, config, pathlib.Path(workdir), saver, stop, windows).run_to_end()
+        return _Loop(run, config, folder, saver, stop, windows).run_to_end()
 
 
 class _Loop:
@@ -281,7 +283,7 @@ class _Loop:
         self,
         run: Run,
         config: Mapping[str, Any],
-        workdir: pathlib.Path,
+        workdir: epath.Path,
         saver: checkpoint.Checkpointer,
         stop: "StopSignal",
         windows: Sequence[profiling.Window],
@@ -452,6 +454,7 @@ class _Loop:
     def _save(self, figures: Mapping[str, float] | None = None) -> None:
         if self.scalars:
             self._check_loss(jax.device_get(self.scalars))  # never save a state that is lost
+        self.writer.flush()  # a run that goes on from this step keeps the figures up to it
         record = self.record | {"step": self.step, "examples": self.run.examples(self.step)}
         self.saver.save(self.step, self.state, record, figures)
 
@@ -473,7 +476,7 @@ def _line(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
-def _hold_to_config(path: pathlib.Path, config: Mapping[str, Any], resuming: bool) -> None:
+def _hold_to_config(path: epath.Path, config: Mapping[str, Any], resuming: bool) -> None:
     """Writes config.json; a run that goes on must have the config it was begun with, but for `HARMLESS` fields."""
     if resuming and path.exists():
         before, now = _leaves(json.loads(path.read_text())), _leaves(config)
@@ -489,10 +492,7 @@ def _hold_to_config(path: pathlib.Path, config: Mapping[str, Any], resuming: boo
                 "Give the old values, or a new --workdir."
             )
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(config, indent=2))
-        partial.replace(path)
+        paths.write_text(path, json.dumps(config, indent=2))
 
 
 def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
@@ -626,7 +626,7 @@ def main(argv: Sequence[str]) -> int:
         jax.distributed.initialize(coordinator.value, processes.value, process.value)
     try:
         code = train(config.value.to_dict(), workdir.value, profile=profile.value)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, FloatingPointError) as error:
         if os.environ.get("PE_JAX_TRACEBACK"):
             raise
         print(f"pe_jax.train: {error}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import socket
 import sys
 import types
@@ -199,53 +198,3 @@ def test_the_cache_is_in_the_home_folder_unless_the_variable_says_otherwise(monk
     monkeypatch.delenv("PE_JAX_CACHE")
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(hub.cache()) == "/home/someone/.cache/pe_jax"
-
-
-class Bucket:
-    """A gs:// path of epath, as much as we use; its contents lie in a local folder."""
-
-    root = None
-
-    def __init__(self, url: str):
-        self.path = Bucket.root / url.removeprefix("gs://")
-
-    def exists(self) -> bool:
-        return self.path.exists()
-
-    def open(self, mode: str):
-        return self.path.open(mode)
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    monkeypatch.setattr(Bucket, "root", tmp_path / "remote")
-    monkeypatch.setattr(hub.epath, "Path", Bucket)
-    (tmp_path / "remote" / "b" / "orbax").mkdir(parents=True)
-    (tmp_path / "remote" / "b" / "x.pt").write_text("weights")
-    return tmp_path / "remote" / "b"
-
-
-def test_a_file_of_a_bucket_is_fetched_once_and_a_directory_left_there(cache, bucket):
-    path = hub.resolve("gs://b/x.pt")
-    assert path == str(cache / "gs" / "b" / "x.pt") and pathlib.Path(path).read_text() == "weights"
-    (bucket / "x.pt").unlink()
-    assert hub.resolve("gs://b/x.pt", offline=True) == path
-    assert hub.resolve("gs://b/orbax") == "gs://b/orbax"
-    assert os.listdir(cache / "gs" / "b") == ["x.pt"]
-
-
-def test_a_bucket_offline_or_without_the_file_is_told(bucket):
-    for url in ("gs://b/x.pt", "gs://b/orbax"):
-        with pytest.raises(FileNotFoundError, match="offline nothing is fetched"):
-            hub.resolve(url, offline=True)
-    with pytest.raises(FileNotFoundError, match=r"gs://b/none\.pt does not exist"):
-        hub.resolve("gs://b/none.pt")
-
-
-def test_a_bucket_without_gcsfs_says_how_to_get_it(monkeypatch):
-    def missing(url):
-        raise ImportError("Please install gcsfs")
-
-    monkeypatch.setattr(hub.epath, "Path", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pe-jax\[gcp\]'"):
-        hub.resolve("gs://b/x.pt")

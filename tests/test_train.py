@@ -19,6 +19,7 @@ import pytest
 
 from experiments import smoke
 from pe_jax import metrics, sharding, train
+from tests import fake_gcs
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARES = {*metrics.Speed.PARTS, "host_other"}
@@ -61,7 +62,11 @@ def finish(process, code=0):
 
 def rows(workdir):
     with open(workdir / "losses.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in VARYING} for row in csv.DictReader(file)]
+        return without_varying(csv.DictReader(file))
+
+
+def without_varying(table):
+    return [{k: v for k, v in row.items() if k not in VARYING} for row in table]
 
 
 def wait_for_line(process, text):
@@ -103,6 +108,36 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_batches_and_losses(who
     assert int(rows(tmp_path)[-1]["step"]) < 20
     assert "going on from step" in finish(start(tmp_path))
     assert rows(tmp_path) == rows(whole)  # every figure of every step, to the last bit; `batch` names the records
+
+
+@fake_gcs.needs_gcsfs
+def test_a_run_in_a_bucket_that_is_killed_goes_on_with_the_losses_of_a_local_one(whole, monkeypatch):
+    with fake_gcs.Server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        first = start("gs://bucket/run")
+        while "bucket/run/checkpoints/5/commit_success.txt" not in server.objects:
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.01)
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+        said = finish(start("gs://bucket/run", "--profile=18:2"))
+    step = int(said.partition("going on from step ")[2].split()[0])
+    assert 5 <= step < 20
+    text = server.objects["bucket/run/losses.csv"].decode()
+    assert without_varying(csv.DictReader(text.splitlines())) == rows(whole)
+    assert server.objects["bucket/run/profile/18/process-0.txt"].startswith(b"steps 18 to 19, process 0")
+    assert len([name for name in server.objects if name.startswith("bucket/run/tensorboard/")]) == 2  # one a process
+    assert not (ROOT / "gs:").exists()
+
+
+@fake_gcs.needs_gcsfs
+def test_a_bucket_that_is_not_there_stops_a_run_before_it_begins(monkeypatch):
+    with fake_gcs.Server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        said = finish(start("gs://buckte/run"), code=2)
+    assert "there is no bucket buckte" in said and "Traceback" not in said
 
 
 def test_a_run_that_is_traced_from_some_step_on_is_the_same_run_and_its_losses_stay(whole, tmp_path):

@@ -13,8 +13,9 @@ files are read into float32.
 
 import argparse
 import json
-import pathlib
 from typing import Any
+
+from etils import epath
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pe_jax import checkpoint
+    from pe_jax import checkpoint, paths
     from pe_jax.convert import pe, weights
     from pe_jax.models import zoo
 
-    destination = pathlib.Path(args.destination)
+    destination = paths.path(args.destination)
     _check(destination, args.to)
     params, config, layout, model, record = _read(args)
     if model is not None:
@@ -74,10 +75,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(destination: pathlib.Path, to: str) -> None:
+def _check(destination: epath.Path, to: str) -> None:
     """What can be refused before anything is read."""
+    from pe_jax import paths
     from pe_jax.convert import weights
 
+    if to != "orbax" and paths.is_bucket(destination):
+        raise ValueError(f"{destination}: a file is written on this machine; give a path here, and copy it from there.")
+    paths.reach(destination)
     if to != "orbax" and destination.suffix not in weights.SUFFIXES:
         raise ValueError(f"{destination}: with --to {to} the suffix must be one of {', '.join(weights.SUFFIXES)}.")
     if to == "orbax" and destination.suffix in weights.SUFFIXES:

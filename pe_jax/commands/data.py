@@ -12,7 +12,6 @@ import argparse
 import collections
 import json
 import math
-import pathlib
 import sys
 from typing import Any
 
@@ -157,22 +156,22 @@ def _wrapped(text: str, font: Any, width: int, lines: int = 3) -> str:
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from pe_jax import paths
     from pe_jax.data import sources
 
     config, source, _ = _open(args.source)
     shards = args.shards or math.ceil(len(source) / 10_000)
     if not 0 < shards <= len(source):
         raise ValueError(f"--shards {shards} must lie between 1 and the number of records, {len(source)}.")
-    out = pathlib.Path(args.out)
+    out = paths.path(args.out)
+    paths.reach(out)
     out.mkdir(parents=True, exist_ok=True)
     # Which conversion the finished shards belong to: going on with another source must not mix the two.
     plan = {"source": config, "records": len(source), "shards": shards, "skip_bad": args.skip_bad}
     note = out / "conversion.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(plan)):
         raise ValueError(f"{out} holds another conversion ({note.read_text().strip()}); choose an empty folder.")
-    partial = out / "conversion.json.partial"
-    partial.write_text(json.dumps(plan))
-    partial.replace(note)
+    paths.write_text(note, json.dumps(plan))
 
     written = kept = 0
     bad: list[str] = []

@@ -17,6 +17,8 @@ import PIL.ImageEnhance
 import PIL.ImageOps
 from jaxtyping import Float32, Float64, UInt8
 
+from pe_jax import paths
+
 Image = PIL.Image.Image | str | os.PathLike | bytes | np.ndarray
 
 _FILTERS = {"bilinear": PIL.Image.Resampling.BILINEAR, "bicubic": PIL.Image.Resampling.BICUBIC}
@@ -278,10 +280,8 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """
     text = os.fspath(path)
     try:
-        if "://" in text:
-            from etils import epath
-
-            return epath.Path(text).read_bytes()
+        if paths.is_bucket(text):
+            return paths.path(text).read_bytes()
         return pathlib.Path(text).read_bytes()
     except FileNotFoundError as error:
         raise BadImage(f"{text} does not exist.") from error

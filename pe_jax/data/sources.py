@@ -19,14 +19,16 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import struct
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from etils import epath
 
+from pe_jax import paths
 from pe_jax.data import tar_index
 from pe_jax.data.image import BadImage, read_bytes
 
@@ -178,11 +180,15 @@ class Folder:
     """
 
     def __init__(self, path: str):
-        root = epath.Path(path)
+        root = paths.path(path)
+        paths.reach(root)
         if not root.is_dir():
             raise ValueError(f"{path} is no folder; give one with images in it.")
         self.path = str(root)
-        found = (str((folder / name).relative_to(root)) for folder, _, names in root.walk() for name in names)
+        below = str(root).removeprefix(paths.BUCKET)  # which the folders found in a bucket lack
+        found = (
+            os.path.relpath(os.path.join(folder, name), below) for folder, _, names in root.walk() for name in names
+        )
         by_ending = [(name, os.path.splitext(name)[1].lower().lstrip(".")) for name in found]
         self.images = sorted(name for name, ending in by_ending if ending in IMAGE_ENDINGS)
         self.texts = {name for name, ending in by_ending if ending == "txt"}
@@ -247,8 +253,7 @@ class Packed:
     """
 
     def __init__(self, path: str):
-        self.path = str(pathlib.Path(path).with_suffix(".jsonl"))
-        self.npz = str(pathlib.Path(path).with_suffix(".npz"))
+        self.path, self.npz = (str(paths.path(path).with_suffix(ending)) for ending in (".jsonl", ".npz"))
         self.lines = _lines(self.path)
         self._load()
 
@@ -318,6 +323,13 @@ def write_shard(path: str | os.PathLike, records: Iterable[Mapping[str, Any]]) -
     from array_record.python import array_record_module
 
     path = os.fspath(path)
+    if paths.is_bucket(path):  # the library reads from a bucket, but writes to none
+        with tempfile.TemporaryDirectory(prefix="pe_jax-") as folder:
+            local = pathlib.Path(folder, "shard")
+            count = write_shard(local, records)
+            with local.open("rb") as file, paths.path(path).open("wb") as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
+        return count
     partial, count = f"{path}.partial", 0
     writer = array_record_module.ArrayRecordWriter(partial, "group_size:1")  # 1: each record can be read alone
     try:
@@ -334,7 +346,8 @@ class ArrayRecord:
     """Sharded ArrayRecord files, of records written by `write_shard` or `pe-jax data convert`.
 
     Args:
-      path: one file, a folder, a glob, a brace range ("train-{00000..00015}.array_record"), or a list of these.
+      path: one file, a folder, a glob, a brace range ("train-{00000..00015}.array_record"), or a list of these; local
+        or gs://.
     """
 
     def __init__(self, path: str | Sequence[str]):
@@ -376,6 +389,11 @@ class WebDataset:
 
     def __init__(self, path: str | Sequence[str]):
         self.paths = _shards(path, ".tar")
+        if remote := [path for path in self.paths if paths.is_bucket(path)]:
+            raise ValueError(
+                f"{remote[0]}: tars are read in place, on this machine's disk; copy them there, or convert them to "
+                "ArrayRecord by `pe-jax data convert`, which is read from a bucket too."
+            )
         self.shards = [tar_index.load(p) for p in self.paths]
         self.starts = np.cumsum([0, *(len(offsets) for _, offsets, _ in self.shards)])
         self._opened = tar_index.Files()
@@ -533,7 +551,7 @@ def guess(path: str) -> dict[str, Any]:
         config = _parse(path.encode(), "the source", ValueError)
         return config
     if path.endswith(".jsonl"):
-        packed = os.path.exists(path.removesuffix(".jsonl") + ".npz")
+        packed = paths.path(path).with_suffix(".npz").exists()
         return {"name": "packed" if packed else "jsonl", "path": path}
     for ending, name in {
         ".csv": "csv",
@@ -544,12 +562,15 @@ def guess(path: str) -> dict[str, Any]:
     }.items():
         if path.endswith(ending):
             return {"name": name, "path": path}
-    if os.path.isfile(os.path.join(path, "dataset_info.json")):
+    folder = paths.path(path)
+    paths.reach(folder)
+    if (folder / "dataset_info.json").exists():
         return {"name": "tfds", "path": path}
+    inside = list(folder.iterdir()) if (is_folder := folder.is_dir()) else []
     for ending, name in ((".array_record", "array_record"), (".tar", "webdataset")):
-        if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*" + ending)):
+        if any(file.name.endswith(ending) for file in inside):
             return {"name": name, "path": path}
-    if os.path.isdir(path):
+    if is_folder:
         return {"name": "folder", "path": path}
     raise ValueError(
         f"cannot tell what kind of source {path} is; wanted .jsonl, .csv, .tsv, .npz, .tar, .array_record, a folder of"
@@ -631,18 +652,33 @@ def _shards(path: str | Sequence[str], ending: str) -> list[str]:
     found: list[str] = []
     for pattern in [path] if isinstance(path, str) else path:
         for name in _expand_braces(pattern):
-            if os.path.isdir(name):
+            if paths.is_bucket(name):
+                files = _shards_of_bucket(name, ending)
+            elif os.path.isdir(name):
                 files = sorted(glob.glob(os.path.join(glob.escape(name), "*" + ending)))
             elif glob.has_magic(name) and not os.path.exists(name):
                 files = sorted(glob.glob(name))
             else:
                 files = [name]
-                if "://" not in name and not os.path.exists(name):
+                if not os.path.exists(name):
                     raise ValueError(f"the shard {name} does not exist (from path={pattern!r}).")
             if not files:
                 raise ValueError(f"path={pattern!r} matches no *{ending} file.")
             found += files
     return list(dict.fromkeys(found))
+
+
+def _shards_of_bucket(name: str, ending: str) -> list[str]:
+    pattern = glob.has_magic(name)
+    if name.endswith(ending) and not pattern:
+        return [name]  # its reader says whether it is there; a range may be of thousands
+    paths.reach(name)
+    if not pattern and not paths.path(name).exists():
+        raise ValueError(f"the shard {name} does not exist.")
+    if not pattern and not paths.path(name).is_dir():
+        return [name]
+    folder, _, names = name.rpartition("/") if pattern else (name, "", "*" + ending)
+    return sorted(map(str, paths.path(folder).glob(names)))
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
