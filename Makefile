@@ -57,7 +57,7 @@ help:
 	@echo "Making .venv-tpu with libtpu (a minute or two, once) ..."
 	$(PYTHON) -m venv .venv-tpu
 	.venv-tpu/bin/python -m pip install --quiet --upgrade pip
-	.venv-tpu/bin/python -m pip install --quiet -e ".[tpu]" pytest beartype
+	.venv-tpu/bin/python -m pip install --quiet -e ".[tpu]" pytest pytest-xdist beartype
 	@touch $@
 
 demo: .venv/ready
@@ -72,7 +72,7 @@ demo: .venv/ready
 	@echo "Open demo/run/report/report.html"
 
 test: .venv/ready
-	$(BIN)/python -m pytest --ignore=tests/parity $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
 
 test-full: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/parity --full $(ARGS)
@@ -84,7 +84,7 @@ curation: .venv-curation/ready
 	.venv-curation/bin/python -m pytest tests/engine $(ARGS)
 
 aot: .venv-tpu/ready
-	.venv-tpu/bin/python -m pytest tests/tpu -rs $(ARGS)
+	.venv-tpu/bin/python -m pytest tests/tpu -rs -n 2 $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -97,9 +97,7 @@ docs: .venv/ready
 	$(BIN)/python tests/run_docs.py
 
 bench: .venv-parity/ready
-	$(PARITY)/python -m benchmarks.forward $(ARGS)
-	$(PARITY)/python -m benchmarks.train_step $(ARGS)
-	$(PARITY)/python -m benchmarks.loader $(ARGS)
+	$(PARITY)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv .venv-parity .venv-curation .venv-tpu demo runs build *.egg-info

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -114,6 +115,12 @@ def platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
+def device_kind() -> str:
+    """What those devices are, as JAX names them, such as "TPU v5 lite"."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return (device or jax.devices()[0]).device_kind
+
+
 def ways(logical: str) -> int:
     """How many ways the current mesh cuts an axis of this logical name; 1 where no mesh is set."""
     mesh, rule = jax.sharding.get_abstract_mesh(), RULES[logical] or ()
@@ -177,7 +184,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(mesh, *logical))
 
 
-def gathered(weights: jax.Array, *logical: str | None, dtype: Any) -> jax.Array:
+def gathered(weights: jax.Array | np.ndarray, *logical: str | None, dtype: Any) -> jax.Array:
     """Weights to multiply with, in `dtype` and whole over the fsdp axis, as one gather at that very place.
 
     Left to itself XLA sometimes gathers the activations of the whole batch instead, or multiplies shard by shard. In
@@ -189,14 +196,14 @@ def gathered(weights: jax.Array, *logical: str | None, dtype: Any) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
-        return weights.astype(dtype)
+        return jnp.asarray(weights, dtype)
     cut = spec(mesh, *logical)
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut))
     return _gathered(weights, cut, whole, dtype, weights.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gathered(weights: jax.Array, cut: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any) -> jax.Array:
+def _gathered(weights: Any, cut: PartitionSpec, whole: PartitionSpec, dtype: Any, stored: Any) -> jax.Array:
     # Pinned before as well, so that the bytes are those of `dtype`.
     narrow = jax.lax.with_sharding_constraint(weights.astype(dtype), cut)
     return jax.lax.with_sharding_constraint(narrow, whole)

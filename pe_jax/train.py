@@ -42,7 +42,32 @@ from pe_jax.types import Batch, Metrics, Params, split
 
 PREEMPTED = 75  # exit code after SIGTERM: EX_TEMPFAIL, the state is saved and the same command goes on
 # What may change between a run and its resumption without changing what it computes.
-HARMLESS = ("evals", "log_every_steps", "checkpoint", "mesh", "data.threads", "max_loss_rise")
+HARMLESS = ("evals", "log_every_steps", "checkpoint", "mesh", "data.threads", "max_loss_rise", "compiler_options")
+
+# What the TPU compiler is told; what it is worth stands in tpu/README.md.
+_TPU_OPTIONS: dict[str, Any] = {
+    # Gather a layer's weights and multiply once, not shard by shard as they arrive: its shards are narrow.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+    # Both products of an MLP in one fusion take longer than one after the other.
+    "xla_tpu_dot_dot_fusion": False,
+}
+_TPU_OPTIONS_OF_KIND: dict[str, dict[str, Any]] = {
+    # Of a core's own memory, what a matrix product may take: by default too little for whole tiles of its operands.
+    "TPU v5 lite": {"xla_tpu_scoped_vmem_limit_kib": 32_768},
+    "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": 32_768},
+    # Weights are gathered while the layer before is multiplied; the others do so by themselves.
+    "TPU v6 lite": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    },
+}
+
+
+def compiler_options(device: Any, changes: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """What XLA is told for programs on devices like this one, with a config's changes; None takes an option away."""
+    own = _TPU_OPTIONS | _TPU_OPTIONS_OF_KIND.get(device.device_kind, {}) if device.platform == "tpu" else {}
+    return {name: value for name, value in (own | dict(changes or {})).items() if value is not None} or None
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +107,7 @@ class Run:
     best: str | None
     max_loss_rise: float
     log_every: int
+    compiler_options: dict[str, Any]  # of XLA, over those of `compiler_options`; None takes one away
 
     @property
     def steps(self) -> int:
@@ -110,6 +136,7 @@ def parse(config: Mapping[str, Any]) -> Run:
     known = {
         "seed": 0, "stage": None, "batch_size": None, "phases": None, "optimizer": {}, "mesh": {"data": -1},
         "data": None, "evals": {}, "checkpoint": {}, "log_every_steps": 10, "max_loss_rise": None,
+        "compiler_options": {},
     }  # fmt: skip
     _strict(config, known, "config")
     for name in ("stage", "batch_size", "phases", "data"):
@@ -162,6 +189,7 @@ def parse(config: Mapping[str, Any]) -> Run:
         best=best,
         max_loss_rise=float("inf") if config["max_loss_rise"] is None else config["max_loss_rise"],
         log_every=config["log_every_steps"],
+        compiler_options=dict(config["compiler_options"]),
     )
 
 
@@ -225,9 +253,15 @@ def _shardings(state: TrainState) -> TrainState:
 
 
 def make_train_step(
-    stage: stages.Stage, tx: optax.GradientTransformation, abstract: TrainState
+    stage: stages.Stage,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+    changes: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The one jitted update. It is pure, and `abstract` may lie on a topology that is not held, to compile for it."""
+    """The one jitted update. It is pure, and `abstract` may lie on a topology that is not held, to compile for it.
+
+    `changes` go over `compiler_options`.
+    """
     graphdef, _ = split(nnx.eval_shape(lambda: stage.build(nnx.Rngs(0))))
     shardings = _shardings(abstract)
 
@@ -243,7 +277,8 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.key), scalars | {"grad_norm": norm}
 
     whole = shardings.step
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
+    options = compiler_options(next(iter(whole.device_set)), changes)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options)
 
 
 def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], *, profile: str = "") -> int:
@@ -303,7 +338,9 @@ class _Loop:
         tx, self.rate = optimizer_of(run)
         abstract = abstract_state(run.stage, tx, self.mesh)
         self.graphdef, _ = split(nnx.eval_shape(lambda: run.stage.build(nnx.Rngs(0))))
-        self.ahead = CompileAhead(lambda phase: make_train_step(phase.stage, tx, abstract), abstract, self.mesh)
+        self.ahead = CompileAhead(
+            lambda phase: make_train_step(phase.stage, tx, abstract, run.compiler_options), abstract, self.mesh
+        )
         plain = json.loads(json.dumps(dict(config)))
         resumed = saver.latest
         _hold_to_config(workdir / "config.json", plain, resumed is not None)

@@ -15,7 +15,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(r"(?P<note><!--[^\n]*-->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/README.md", "tpu/README.md")
 
 
 def main() -> int:

@@ -392,3 +392,25 @@ def test_examples_are_counted_over_phases_of_other_batch_sizes():
     run = train.parse(changed(phases=phases))
     assert run.steps == 5
     assert [run.examples(step) for step in range(7)] == [0, 32, 64, 80, 96, 112, 112]
+
+
+def test_options_of_the_compiler_are_added_and_taken_away_by_the_config():
+    class V5e:
+        platform, device_kind = "tpu", "TPU v5 lite"
+
+    own = train.compiler_options(V5e)
+    assert own and own["xla_tpu_scoped_vmem_limit_kib"] == 32_768
+    changed = train.compiler_options(V5e, {"xla_tpu_scoped_vmem_limit_kib": None, "xla_other": 3})
+    assert changed == {name: value for name, value in own.items() if "vmem" not in name} | {"xla_other": 3}
+    assert train.compiler_options(jax.devices()[0]) is None
+
+
+def test_an_option_that_the_compiler_does_not_know_is_refused_by_name():
+    run = train.parse(smoke.get_config().to_dict() | {"compiler_options": {"xla_no_such_option": True}})
+    tx, _ = train.optimizer_of(run)
+    mesh = sharding.make_mesh({"data": 8})
+    abstract = train.abstract_state(run.stage, tx, mesh)
+    shapes = {"image": ((16, 32, 32, 3), np.uint8), "text": ((16, 8), np.int32)}
+    rows = {n: jax.ShapeDtypeStruct(*s, sharding=sharding.batch_sharding(mesh)) for n, s in shapes.items()}
+    with jax.set_mesh(mesh), pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        train.make_train_step(run.stage, tx, abstract, run.compiler_options).lower(abstract, rows).compile()

@@ -77,7 +77,9 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", _ACCELERATORS.get(topology.partition(":")[0], "v5litepod-4"))
-    more = {"num_slices": slices} if slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4"):
+        more["chip_config_name"] = "megacore"  # both cores of a chip as one device, as JAX runs on v4
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **more).devices)
     except (jax.errors.JaxRuntimeError, ValueError, KeyError) as error:
@@ -137,7 +139,7 @@ def report(
     begun = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            lowered = train.make_train_step(chosen.stage, tx, abstract).lower(abstract, batch)
+            lowered = train.make_train_step(chosen.stage, tx, abstract, run.compiler_options).lower(abstract, batch)
         compiled, text = compiled_text(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -56,7 +56,7 @@ CHOICES: dict[str, Callable[..., jax.Array]] = {
 
 
 def figures(kind: str, tokens: int, choice: str) -> dict[str, Any]:
-    """One row: temporary bytes, and seconds of a forward and backward pass by reading.
+    """One row: temporary bytes, and seconds of a forward and backward pass by reading; neither where it does not fit.
 
     Raises:
       ValueError: if the compiler does not know the topology.
@@ -72,8 +72,14 @@ def figures(kind: str, tokens: int, choice: str) -> dict[str, Any]:
         out, back = jax.vjp(lambda x: CHOICES[choice](x, HEADS, rope), qkv)
         return out, back(by_out)[0]
 
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(both).lower(qkv, by_out).compile()
+    row = {"chip": kind, "tokens": tokens, "examples": examples, "choice": choice}
+    try:
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(both).lower(qkv, by_out).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row  # the core's own memory is too small
     wiring, pairs = chips.Wiring.of(devices), examples * HEADS * tokens**2
 
     def kernel_of(one: hlo.Instruction) -> Kernel | None:
@@ -84,11 +90,7 @@ def figures(kind: str, tokens: int, choice: str) -> dict[str, Any]:
 
     guess = estimate(hlo.Program(compiled.as_text()), wiring, kernel_of)
     flops = 3 * 2 * 2 * pairs * HEAD_DIM  # scores and sums; a backward pass costs two forward ones
-    return {
-        "chip": kind,
-        "tokens": tokens,
-        "examples": examples,
-        "choice": choice,
+    return row | {
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "seconds": guess.seconds,
         "mfu": guess.mfu(flops, wiring.chip.peak),
@@ -102,10 +104,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for r in rows:
+        where = f"| {r['chip']} | {r['tokens']} x {r['examples']} | {r['choice']} |"
+        if "seconds" not in r:
+            lines.append(f"{where} | does not fit the core's memory |")
+            continue
         ms = {name: 1e3 * seconds for name, seconds in r["seconds"].items()}
         lines.append(
-            f"| {r['chip']} | {r['tokens']} x {r['examples']} | {r['choice']} | "
-            f"{r['temporary_bytes'] / MIB:,.0f} MiB | "
+            f"{where} {r['temporary_bytes'] / MIB:,.0f} MiB | "
             f"{ms['middle']:.2f} ms ({ms['roofline']:.2f} to {ms['cycles']:.2f}) |"
         )
     return "\n".join(lines)

@@ -71,8 +71,10 @@ PRODUCTS = ((16_384, 1536, 8960), (1536, 16_384, 8960), (16_384, 8960, 1536))
 
 def update_of(model: Published, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """The jitted update, and the abstract state and batch that it takes."""
+    # Each weight is cut along the axis of the model's width, which is its last one or the one before.
+    last = ("out", "down", "norm1", "norm2", "norm", "embedding")
     cut = {
-        name: jax.NamedSharding(mesh, jax.P(*("fsdp" if n == model.width else None for n in shape)))
+        name: jax.NamedSharding(mesh, jax.P(*[None] * (len(shape) - (1 if name in last else 2)), "fsdp"))
         for name, shape in model.shapes.items()
     }
     params = {n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=cut[n]) for n, s in model.shapes.items()}

@@ -51,7 +51,7 @@ class Row:
         for side in sides.split("x"):
             chips *= int(side)
         several = f"{self.slices} x " if self.slices > 1 else ""
-        return f"{self.size} {self.pixels} px, {several}{kind}-{chips}"
+        return f"{self.size} {self.pixels} px {several}{kind}-{chips}"
 
     @property
     def command(self) -> list[str]:
@@ -66,18 +66,18 @@ class Row:
 ROWS = (
     Row("G14", 224, "v5e:16x16", "data=16,fsdp=16", 8, "block", mfu=0.50, exposed=0.03),
     Row("G14", 448, "v5e:16x16", "data=16,fsdp=16", 32, "block", mfu=0.57, exposed=0.03),
-    Row("G14", 224, "v6e:16x16", "data=16,fsdp=16", 16, "dots", mfu=0.40, exposed=0.03),
-    Row("G14", 448, "v6e:16x16", "data=16,fsdp=16", 64, "dots", mfu=0.40, exposed=0.03),
+    Row("G14", 224, "v6e:16x16", "data=16,fsdp=16", 8, "no_up", mfu=0.40, exposed=0.03),
+    Row("G14", 448, "v6e:16x16", "data=16,fsdp=16", 32, "no_up", mfu=0.40, exposed=0.03),
     Row("G14", 224, "v5p:4x4x8", "data=8,fsdp=16", 4, "no_up"),
     Row("G14", 448, "v5p:4x4x8", "data=8,fsdp=16", 16, "no_up"),
     Row("G14", 224, "v5p:4x8x16", "data=32,fsdp=16", 1, "no_up", mfu=0.57, exposed=0.03),
     Row("G14", 448, "v5p:4x8x16", "data=32,fsdp=16", 1, "block", mfu=0.62, exposed=0.03),
     Row("G14", 224, "v5e:16x16", "dcn=2,data=16,fsdp=16", 4, "block", 2, exposed=0.10),
     Row("G14", 224, "v5e:4x8", "fsdp=32", 64, "block", spare=0.2, mfu=0.48, exposed=0.05),
-    Row("G14", 224, "v6e:4x8", "fsdp=32", 128, "dots", spare=0.2, exposed=0.05),
+    Row("G14", 224, "v6e:4x8", "fsdp=32", 64, "no_up", spare=0.2, exposed=0.05),
     Row("G14", 224, "v5p:2x4x4", "fsdp=32", 16, "no_up", spare=0.2, exposed=0.05),
     Row("G14", 448, "v5e:8x8", "data=4,fsdp=16", 128, "block", spare=0.2),
-    Row("G14", 448, "v6e:8x8", "data=4,fsdp=16", 256, "dots", spare=0.2),
+    Row("G14", 448, "v6e:8x8", "data=4,fsdp=16", 128, "no_up", spare=0.2),
     Row("G14", 448, "v5p:4x4x4", "data=4,fsdp=16", 32, "no_up", spare=0.2),
     Row("L14", 336, "v5e:4x4", "fsdp=16", 256, "dots", spare=0.2),
     Row("L14", 336, "v5e:8x8", "data=8,fsdp=8", 64, "dots", spare=0.2),
@@ -154,7 +154,7 @@ def kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", default="", metavar="PART", help="rows whose name holds this, such as 'G14 448' or v5e"
+        "--only", default="", metavar="PART,...", help="rows whose name holds one of these, such as 'L14,v6e-256'"
     )
     parser.add_argument("--to", metavar="FOLDER", type=pathlib.Path, help="keep the figures there, after every row")
     parser.add_argument(
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.read:
             print(table(kept(args.read)))
             return 0
-        chosen = [row for row in ROWS if args.only in row.name]
+        chosen = [row for part in args.only.split(",") for row in ROWS if part in row.name]
         if not chosen:
             raise ValueError(
                 f"--only={args.only!r} is in no row's name; the rows are {', '.join(r.name for r in ROWS)}."

@@ -34,6 +34,12 @@ def heads_at_once(heads: int, head_dim: int, tokens: int, itemsize: int) -> int 
     return chosen if chosen * head_dim * tokens * itemsize <= 16 * BLOCK_BYTES else None
 
 
+def fits(device_kind: str, heads: int, head_dim: int, tokens: int, itemsize: int) -> bool:
+    """Whether the kernel can be compiled for these rows: v4's cores have 16 MiB, all later ones 64 and more."""
+    small = device_kind == "TPU v4" and tokens > 256
+    return not small and heads_at_once(heads, head_dim, tokens, itemsize) is not None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnames=("head_dim", "rope", "causal", "interpret"))
 def attention(
     qkv: Float[Array, "B N KPH"], head_dim: int, rope: "Tables | None", causal: bool, interpret: bool

@@ -59,6 +59,7 @@ class Dense(nnx.Module):
       inputs, outputs: sizes of the kernel [in, out] and the bias [out].
       axes: their logical axes, in and out.
       dtype: computed in; the parameters are float32.
+      gradient_dtype: in which the kernel's gradient is summed over devices; None is `dtype`.
       heads: how many heads a "heads" axis holds.
       kernel_init, bias_init: PyTorch's for a Linear by default.
     """
@@ -70,12 +71,13 @@ class Dense(nnx.Module):
         axes: tuple[str, str],
         *,
         dtype: Any,
+        gradient_dtype: Any = None,
         rngs: nnx.Rngs,
         heads: int | None = None,
         kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
     ):
-        self.axes, self.dtype = axes, dtype
+        self.axes, self.dtype, self.gradient_dtype = axes, dtype, gradient_dtype or dtype
         plain = uniform(inputs**-0.5)
         kernel = (kernel_init or plain)(rngs.params(), (inputs, outputs))
         self.kernel = nnx.Param(kernel, axes=axes, heads=heads)
@@ -83,11 +85,40 @@ class Dense(nnx.Module):
 
     def whole(self) -> tuple[Float[Array, "I O"], Float[Array, "O"]]:
         """Kernel and bias to compute with, whole on every device of the fsdp axis."""
-        return sharding.gathered(self.kernel[...], *self.axes, dtype=self.dtype), self.bias[...].astype(self.dtype)
+        kernel = sharding.gathered(self.kernel[...], *self.axes, dtype=self.dtype)
+        return kernel, jnp.asarray(self.bias[...], self.dtype)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        kernel, bias = self.whole()
-        return jnp.dot(x.astype(self.dtype), kernel, precision=precision(self.dtype)) + bias
+        y = _product(x.astype(self.dtype), self.kernel[...], self.axes, self.dtype, self.gradient_dtype)
+        return y + jnp.asarray(self.bias[...], self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x: Array, weights: Array | np.ndarray, axes: tuple[str, str], dtype: Any, gradient_dtype: Any) -> Array:
+    """x·weights. The backward pass gathers the weights anew rather than keep them whole for every layer."""
+    return jnp.dot(x, sharding.gathered(weights, *axes, dtype=dtype), precision=precision(dtype))
+
+
+def _product_forward(x: Array, weights: Array, *static: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, weights, *static), (x, weights)
+
+
+def _product_backward(
+    axes: tuple[str, str], dtype: Any, gradient_dtype: Any, kept: tuple[Array, Array], by_y: Array
+) -> tuple[Array, Array]:
+    x, weights = kept
+    exact, kernel = precision(dtype), sharding.gathered(weights, *axes, dtype=dtype)
+    by_x = jnp.dot(by_y, kernel.T, precision=exact)
+    if sharding.platform() == "cpu":  # XLA transposes there what it sums over two axes: half the time with one
+        x, by_y = x.reshape(-1, x.shape[-1]), by_y.reshape(-1, by_y.shape[-1])
+    rows = tuple(range(x.ndim - 1))
+    by_kernel = lax.dot_general(
+        x, by_y, ((rows, rows), ((), ())), precision=exact, preferred_element_type=jnp.dtype(gradient_dtype)
+    )
+    return by_x, constrain(by_kernel, *axes).astype(weights.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def layer_norm(width: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -142,12 +173,22 @@ def rotate(x: Float[Array, "B N K H"], rope: tuple[np.ndarray, np.ndarray]) -> F
 class Attention(nnx.Module):
     """Multi-head attention with one fused qkv kernel; self-attention, or from `queries` to `tokens` (PE §2.1)."""
 
-    def __init__(self, width: int, heads: int, *, kernel: str = "auto", dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kernel: str = "auto",
+        dtype: Any = jnp.float32,
+        gradient_dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}; change either one.")
         self.heads, self.kernel = heads, kernel
         xavier = uniform((6 / (width + 3 * width)) ** 0.5)  # of the fused [3·D, D] matrix
         zeros = nnx.initializers.zeros_init()
+        common: dict[str, Any] = {"dtype": dtype, "gradient_dtype": gradient_dtype, "rngs": rngs}
         # Columns are head by head its q, k and v, in one axis: matrix products, shards and attention take them as they
         # lie, where axes of their own, 3 and a head's 64 or 96, would be padded to a TPU's tiles and copied.
         self.qkv = Dense(
@@ -155,12 +196,11 @@ class Attention(nnx.Module):
             3 * width,
             ("embed", "heads"),
             heads=heads,
-            dtype=dtype,
-            rngs=rngs,
             kernel_init=xavier,
             bias_init=zeros,
+            **common,
         )
-        self.out = Dense(width, width, ("heads", "embed"), heads=heads, dtype=dtype, rngs=rngs, bias_init=zeros)
+        self.out = Dense(width, width, ("heads", "embed"), heads=heads, bias_init=zeros, **common)
 
     def __call__(
         self,
@@ -242,7 +282,8 @@ def _kernel_for(qkv: Array, heads: int) -> str:
     head_dim, head_ways = width // (3 * heads), sharding.ways("heads")
     platform, size = sharding.platform(), qkv.dtype.itemsize
     whole = batch % sharding.ways("batch") == 0 and heads % head_ways == 0
-    if platform == "tpu" and whole and attention_tpu.heads_at_once(heads // head_ways, head_dim, tokens, size):
+    shape = heads // head_ways, head_dim, tokens, size
+    if platform == "tpu" and whole and attention_tpu.fits(sharding.device_kind(), *shape):
         return "fused"
     # cuDNN differentiates rows of even length alone.
     return "cudnn" if platform == "gpu" and size == 2 and tokens % 2 == 0 else "xla"
@@ -274,9 +315,12 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 class MLP(nnx.Module):
     """Linear, exact (erf) GELU, Linear: [..., D] → [..., D]."""
 
-    def __init__(self, width: int, hidden: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.up = Dense(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = Dense(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+    def __init__(
+        self, width: int, hidden: int, *, dtype: Any = jnp.float32, gradient_dtype: Any = None, rngs: nnx.Rngs
+    ):
+        common: dict[str, Any] = {"dtype": dtype, "gradient_dtype": gradient_dtype, "rngs": rngs}
+        self.up = Dense(width, hidden, ("embed", "mlp"), **common)
+        self.down = Dense(hidden, width, ("mlp", "embed"), **common)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(gelu(checkpoint_name(self.up(x), "up")))
@@ -313,13 +357,15 @@ class Block(nnx.Module):
         drop_path: float = 0.0,
         kernel: str = "auto",
         dtype: Any = jnp.float32,
+        gradient_dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         self.drop_path = drop_path
+        common: dict[str, Any] = {"dtype": dtype, "gradient_dtype": gradient_dtype, "rngs": rngs}
         self.norm1 = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, heads, kernel=kernel, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, kernel=kernel, **common)
         self.norm2 = layer_norm(width, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(width, mlp_width, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(width, mlp_width, **common)
         if layer_scale is not None:
             self.scale1 = LayerScale(width, layer_scale)
             self.scale2 = LayerScale(width, layer_scale)

@@ -26,6 +26,7 @@ class TextConfig:
     remat: str = "none"  # what the backward pass keeps, a key of `layers.REMAT_POLICIES`
     attention: str = "auto"  # how it is computed, one of `layers.KERNELS`
     dtype: str = "float32"  # of activations; parameters are float32
+    gradient_dtype: str | None = None  # in which kernels' gradients are summed over devices; None is `dtype`
 
     def __post_init__(self) -> None:
         check_computation(self.remat, self.attention)
@@ -75,7 +76,15 @@ class TextTower(nnx.Module):
 
 def _block(c: TextConfig, rngs: nnx.Rngs) -> Block:
     """A block with OpenCLIP's initialisation, since PE's module leaves the text tower's open."""
-    block = Block(c.width, c.heads, c.mlp_width, kernel=c.attention, dtype=c.dtype, rngs=rngs)
+    block = Block(
+        c.width,
+        c.heads,
+        c.mlp_width,
+        kernel=c.attention,
+        dtype=c.dtype,
+        gradient_dtype=c.gradient_dtype,
+        rngs=rngs,
+    )
     zeros: Any = jnp.zeros_like
     for layer, scale in (
         (block.attention.qkv, c.width**-0.5),

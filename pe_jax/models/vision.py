@@ -53,6 +53,7 @@ class VisionConfig:
     remat: str = "none"  # what the backward pass keeps, a key of `layers.REMAT_POLICIES`
     attention: str = "auto"  # how it is computed, one of `layers.KERNELS`
     dtype: str = "float32"  # of activations; parameters are float32
+    gradient_dtype: str | None = None  # in which kernels' gradients are summed over devices; None is `dtype`
 
     def __post_init__(self) -> None:
         check_computation(self.remat, self.attention)
@@ -133,6 +134,7 @@ class VisionTower(nnx.Module):
                 drop_path=c.drop_path,
                 kernel=c.attention,
                 dtype=dtype,
+                gradient_dtype=c.gradient_dtype,
                 rngs=rngs,
             ),
             c.depth,

@@ -113,3 +113,10 @@ def test_rows_that_do_not_fit_the_core_are_refused_by_the_kernel_and_left_to_xla
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(ValueError, match=f"attention='flash' is unknown; use one of {', '.join(KERNELS)}"):
         VisionConfig(24, 8, 128, 2, 2, 192, True, "attention", 20, attention="flash")
+
+
+def test_long_rows_are_left_to_xla_where_the_core_is_small():
+    assert attention_tpu.fits("TPU v4", 16, 96, 256, 2) and not attention_tpu.fits("TPU v4", 16, 96, 1024, 2)
+    assert attention_tpu.fits("TPU v5 lite", 16, 96, 1024, 2) and not attention_tpu.fits(
+        "TPU v5 lite", 3, 64, 50_000, 2
+    )

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from pe_jax.models.layers import attend, drop_path, resolve_layers, rope_2d, rotate
+from pe_jax.models.layers import Dense, attend, drop_path, resolve_layers, rope_2d, rotate
 from tests.golden.weights import noise
 
 
@@ -73,3 +74,18 @@ def test_causal_attention_does_not_see_later_tokens():
 
 def test_layers_are_counted_from_one_and_from_the_end():
     assert resolve_layers((0, 1, 7, -1, -7), 7) == (0, 1, 7, 7, 1)
+
+
+def kernel_gradient(gradient_dtype):
+    dense = Dense(24, 40, ("embed", "mlp"), dtype="bfloat16", gradient_dtype=gradient_dtype, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (6, 7, 24))
+    return nnx.grad(lambda dense: jnp.sum(dense(x).astype(jnp.float32) ** 2))(dense).kernel[...]
+
+
+def test_a_kernels_gradient_is_summed_in_the_dtype_asked_for():
+    half, full = kernel_gradient(None), kernel_gradient("float32")
+    assert half.dtype == full.dtype == jnp.float32
+    rounded = [np.asarray(g.astype(jnp.bfloat16).astype(jnp.float32)) for g in (half, full)]
+    np.testing.assert_array_equal(half, rounded[0])
+    assert np.mean(np.asarray(full) == rounded[1]) < 0.1  # most numbers need more than bfloat16's 8 bits
+    np.testing.assert_allclose(half, full, rtol=1e-2, atol=1e-2 * float(jnp.abs(full).max()))
