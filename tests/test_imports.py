@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "optim": set(),
     "checkpoint": set(),
     "metrics": set(),
+    "profiling": set(),
     "data": set(),
     "hub": set(),
     "convert": {"models", "data", "checkpoint"},

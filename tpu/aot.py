@@ -36,12 +36,13 @@ from tpu import chips, hlo, page
 from tpu.estimate import estimate
 
 GIB = 2**30
-# Slices by the compiler's names, the smallest first; v4's and v5p's are bricks of a torus.
+# Slices by the compiler's names, the smallest first; v4's, v5p's and tpu7x's are bricks of a torus.
 SLICES = {
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
 }
 # What libtpu looks for at start-up; any size of the family will do to compile for all of them.
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}

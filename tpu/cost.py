@@ -45,8 +45,8 @@ class Mfu(NamedTuple):
     source: str
 
 
+_GOALS = "python -m tpu.goals --only"
 _AOT = "tpu.aot --topology=v5e:16x16 --config=experiments/pretrain_core.py:"
-_PLAIN = "a plain JAX step of PE-G's shapes scheduled for {}; the band is a guess"
 _NARROW = "not compiled: below G as on v5e"
 _DECODER = "not compiled: large matrix products, as a long tower or above"
 _SAM = "not compiled: a point has about 60 FLOPs for each byte of HBM"
@@ -56,24 +56,24 @@ MFU: dict[str, dict[str, Mfu]] = {
     "v5e": {
         "B": Mfu(0.27, 0.37, 0.51, f"{_AOT}B16,micro=4 --mesh data=256,fsdp=1"),
         "L": Mfu(0.28, 0.40, 0.48, f"{_AOT}L14,micro=16 --mesh data=64,fsdp=4"),
-        "G short": Mfu(0.41, 0.50, 0.54, f"{_AOT}G14,micro=8 --mesh data=16,fsdp=16 --phase=2: 52%; 47% at 98 px"),
-        "G long": Mfu(0.38, 0.48, 0.56, f"{_AOT}G14,micro=32 --mesh data=16,fsdp=16"),
+        "G short": Mfu(0.43, 0.52, 0.55, f"{_GOALS} 'G14 224 px v5e-256': 55%; about 5 points less at 98 px"),
+        "G long": Mfu(0.39, 0.50, 0.56, f"{_GOALS} 'G14 448 px v5e-256'"),
         "decoder": Mfu(0.45, 0.55, 0.65, _DECODER),
         "sam": Mfu(0.08, 0.15, 0.25, _SAM),
     },
     "v5p": {
         "B": Mfu(0.26, 0.35, 0.50, _NARROW),
         "L": Mfu(0.34, 0.43, 0.55, _NARROW),
-        "G short": Mfu(0.41, 0.49, 0.67, _PLAIN.format("v5p:4x8x16")),
-        "G long": Mfu(0.47, 0.56, 0.67, _PLAIN.format("v5p:4x8x16")),
+        "G short": Mfu(0.47, 0.57, 0.60, f"{_GOALS} 'G14 224 px v5p-128': 60%; about 5 points less at 98 px"),
+        "G long": Mfu(0.44, 0.56, 0.62, f"{_GOALS} 'G14 448 px v5p-128'"),
         "decoder": Mfu(0.48, 0.58, 0.68, _DECODER),
         "sam": Mfu(0.10, 0.20, 0.35, _SAM),
     },
     "v6e": {
         "B": Mfu(0.15, 0.21, 0.29, _NARROW),
         "L": Mfu(0.17, 0.25, 0.34, _NARROW),
-        "G short": Mfu(0.24, 0.29, 0.34, _PLAIN.format("v6e:16x16")),
-        "G long": Mfu(0.20, 0.25, 0.34, _PLAIN.format("v6e:16x16")),
+        "G short": Mfu(0.22, 0.29, 0.43, f"{_GOALS} 'G14 224 px v6e-256': 31%; less at 98 px"),
+        "G long": Mfu(0.19, 0.28, 0.44, f"{_GOALS} 'G14 448 px v6e-256'"),
         "decoder": Mfu(0.30, 0.40, 0.50, _DECODER),
         "sam": Mfu(0.04, 0.07, 0.11, _SAM),
     },

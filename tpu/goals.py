@@ -80,7 +80,7 @@ ROWS = (
     Row("G14", 448, "v6e:8x8", "data=4,fsdp=16", 128, "no_up", spare=0.2),
     Row("G14", 448, "v5p:4x4x4", "data=4,fsdp=16", 32, "no_up", spare=0.2),
     Row("L14", 336, "v5e:4x4", "fsdp=16", 256, "dots", spare=0.2),
-    Row("L14", 336, "v5e:8x8", "data=8,fsdp=8", 64, "dots", spare=0.2),
+    Row("L14", 336, "v5e:8x8", "data=8,fsdp=8", 64, "dots"),
 )  # fmt: skip
 
 

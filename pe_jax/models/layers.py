@@ -89,7 +89,7 @@ class Dense(nnx.Module):
         return kernel, jnp.asarray(self.bias[...], self.dtype)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = _product(x.astype(self.dtype), self.kernel[...], self.axes, self.dtype, self.gradient_dtype)
+        y: Array = _product(x.astype(self.dtype), self.kernel[...], self.axes, self.dtype, self.gradient_dtype)
         return y + jnp.asarray(self.bias[...], self.dtype)
 
 
