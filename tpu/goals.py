@@ -1,8 +1,8 @@
 """What the project wants of its step on TPU slices, and what the compiler says of it, row by row.
 
-  python -m tpu.goals --to=benchmarks/results     compiles every row for its slice (an hour and more on two cores)
+  python -m tpu.goals --to=tpu/results     compiles every row for its slice (an hour and more on two cores)
   python -m tpu.goals --only=v5e-256              some rows, by a part of their names
-  python -m tpu.goals --read=benchmarks/results   prints the tables of figures kept before
+  python -m tpu.goals --read=tpu/results   prints the tables of figures kept before
 
 Every row is one run of `tpu.aot` on the published recipe (`experiments/pretrain_core.py`), in a process of its own.
 """
@@ -144,10 +144,10 @@ def kept(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
       ValueError: if there are none.
     """
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("tpu-goals-*.json")):
+    for path in sorted(folder.glob("goals-*.json")):
         found |= json.loads(path.read_text())["figures"]
     if not found:
-        raise ValueError(f"there is no tpu-goals-*.json in {folder}; run python -m tpu.goals --to={folder} first.")
+        raise ValueError(f"there is no goals-*.json in {folder}; run python -m tpu.goals --to={folder} first.")
     return found
 
 
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             print(table({row.name: figures[row.name]}).splitlines()[-1], flush=True)
             if args.to:
-                kept_as = args.to / f"tpu-goals-{stamp}.json"
+                kept_as = args.to / f"goals-{stamp}.json"
                 kept_as.write_text(json.dumps({"date": stamp, "versions": _versions(), "figures": figures}, indent=1))
     except ValueError as error:
         print(f"tpu.goals: {error}", file=sys.stderr)

@@ -2,13 +2,15 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 
 from pe_jax import train
-from tpu import aot, goals
+from tpu import aot, attention, goals
 from tpu.goals import ROWS, Row
 
+ROOT = pathlib.Path(__file__).parents[2]
 FITS = {
     "fits": True, "argument_bytes": 2 * 2**30, "temporary_bytes": 6 * 2**30, "holds": 16 * 2**30,
     "mfu": {"cycles": 0.4, "middle": 0.55, "roofline": 0.6}, "seconds": {"middle": 10.0}, "exposed_seconds": 0.4,
@@ -59,10 +61,29 @@ def test_rows_have_names_of_their_own():
 def test_the_newest_figures_of_each_row_are_kept(tmp_path):
     first, second = ROWS[0].name, ROWS[1].name
     for stamp, figures in (("2026-01-02", {first: 1, second: 2}), ("2026-01-03", {first: 3})):
-        (tmp_path / f"tpu-goals-{stamp}.json").write_text(json.dumps({"figures": figures}))
+        (tmp_path / f"goals-{stamp}.json").write_text(json.dumps({"figures": figures}))
     assert goals.kept(tmp_path) == {first: 3, second: 2}
 
 
 def test_no_figures_and_no_such_row_are_told(tmp_path, capsys):
-    assert goals.main([f"--read={tmp_path}"]) == 2 and "there is no tpu-goals-*.json" in capsys.readouterr().err
+    assert goals.main([f"--read={tmp_path}"]) == 2 and "there is no goals-*.json" in capsys.readouterr().err
     assert goals.main(["--only=v9"]) == 2 and "is in no row's name; the rows are" in capsys.readouterr().err
+
+
+def test_the_documented_tables_are_those_of_the_figures_kept():
+    page = (ROOT / "docs/ahead_of_time.md").read_text()
+    assert goals.table(goals.kept(ROOT / "tpu/results")) in page
+    (newest,) = (ROOT / "tpu/results").glob("attention-*.json")
+    assert attention.table(json.loads(newest.read_text())) in page
+
+
+def test_a_kernel_that_does_not_fit_is_told_beside_those_that_do():
+    row = {"chip": "v4", "tokens": 256, "examples": 64, "choice": "xla"}
+    seconds = {"roofline": 1e-3, "middle": 2e-3, "cycles": 3e-3}
+    told = attention.table([row, row | {"seconds": seconds, "temporary_bytes": 2**21}]).splitlines()
+    assert "does not fit the core's memory" in told[-2] and "2 MiB | 2.00 ms (1.00 to 3.00)" in told[-1]
+
+
+def test_a_chip_or_length_that_is_not_there_is_told(capsys):
+    assert attention.main(["--chips=v3"]) == 2 and "no chip v3" in capsys.readouterr().err
+    assert attention.main(["--tokens=50"]) == 2 and "take 256, 1024 or both" in capsys.readouterr().err
