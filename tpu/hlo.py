@@ -136,10 +136,12 @@ class Program:
                 yield computation, instruction, times
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: the only integer constant of its condition.
+        """How often a loop runs: the only integer constant of its condition, less where its counter begins.
+
+        A loop of which the compiler has put some turns before it, to overlap what they send, begins above 0.
 
         Raises:
-          ValueError: if the condition does not hold exactly one.
+          ValueError: if the condition does not hold exactly one constant.
         """
         condition = self.computations[loop.attribute("condition") or ""]
         constants = [c for c in condition.values() if c.opcode == "constant" and c.shape.startswith(("s32[]", "u32[]"))]
@@ -147,7 +149,14 @@ class Program:
             raise ValueError(
                 f"loop {loop.name} has {len(constants)} constants in its condition; its length is unknown."
             )
-        return int(constants[0].rest.partition(")")[0])
+        counters = [re.search(r"index=(\d+)", c.rest) for c in condition.values() if c.opcode == "get-tuple-element"]
+        inside = next(each for each in self.computations.values() if loop.name in each)
+        start = inside.get(loop.operands[0]) if loop.operands else None
+        if len(counters) == 1 and counters[0] and start and start.opcode == "tuple":
+            first = inside.get(_through(inside, start.operands[int(counters[0][1])]))
+            if first and first.opcode == "constant":
+                return _integer(constants[0]) - _integer(first)
+        return _integer(constants[0])
 
     def flops(self, computation: str, instruction: Instruction) -> float:
         """Floating point operations, two per multiply-add, of a matrix product or of all those inside a fusion."""
@@ -279,6 +288,10 @@ class Program:
             if (found := re.search(r"stack_frame_id=(\d+)", each.rest)) and (place := self._frames.of(int(found[1]))):
                 return place
         return "the compiler's own"
+
+
+def _integer(constant: Instruction) -> int:
+    return int(constant.rest.partition(")")[0])
 
 
 # They move nothing, or what they move is counted apart.

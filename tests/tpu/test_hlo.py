@@ -45,6 +45,13 @@ def test_a_product_inside_a_fusion_inside_a_loop_counts_as_often_as_the_loop_run
     assert hlo.Program(TEXT).total_flops() == in_loop + batched
 
 
+def test_a_loop_whose_first_turns_stand_before_it_counts_the_rest():
+    text = TEXT.replace("  %init =", "  %first = s32[] constant(2)\n  %copied = s32[] copy(%first)\n  %init =")
+    program = hlo.Program(text.replace("tuple(%a, %b)", "tuple(%copied, %b)"))
+    assert program.trips(program.computations["main"]["loop"]) == 7
+    assert hlo.Program(TEXT).total_flops() - program.total_flops() == 2 * 2 * 6 * 5 * 7
+
+
 def test_a_batched_product_written_as_a_dilated_convolution_counts_only_what_meets_the_input():
     program = hlo.Program(TEXT)
     convolution = program.computations["main"]["conv"]
