@@ -209,7 +209,8 @@ def _collectives(program: hlo.Program, mesh: jax.sharding.Mesh) -> list[dict[str
         for each in program.sends(one):
             places = np.array(np.unravel_index(each.group or (0,), mesh.devices.shape))
             crossed = [axis for axis, row in zip(mesh.axis_names, places, strict=True) if len(set(row.tolist())) > 1]
-            row = found.setdefault((each.kind, "·".join(crossed) or "-"), [0, 0.0])
+            axes = "dcn" if each.between_slices else "·".join(crossed) or "-"
+            row = found.setdefault((each.kind, axes), [0, 0.0])
             row[0] += times
             row[1] += times * each.moved
     return [

@@ -115,7 +115,7 @@ class _Walk:
                 ready[one.name], begun[one.name] = copies_free, one.name
                 continue
             sends = self.program.sends(one)
-            asynchronous = opcode.endswith("-start") or "collective-start" in one.name
+            asynchronous = opcode.endswith("-start") or opcode == "recv" or "collective-start" in one.name
             if sends and (asynchronous or opcode in hlo.COLLECTIVES or not self.program.flops(name, one)):
                 for each in sends:
                     dimensions, seconds = self._wire_seconds(each)
@@ -170,8 +170,12 @@ class _Walk:
         self.now = longest
 
     def _wire_seconds(self, each: hlo.Collective) -> tuple[frozenset[int], float]:
-        count = max(len(each.group), 1)
-        dimensions, rate, hops = self.wiring.way(each.group or (0,))
+        if each.between_slices:
+            count = len({place[0] for place in self.wiring.coordinates})
+            dimensions, rate, hops = frozenset({-1}), self.chip.dcn_rate, 100
+        else:
+            count = max(len(each.group), 1)
+            dimensions, rate, hops = self.wiring.way(each.group or (0,))
         share = (count - 1) / count
         passes = {"all-gather": share, "reduce-scatter": share, "all-reduce": 2 * share, "all-to-all": share / 4}
         return dimensions, each.moved * passes.get(each.kind, 1.0) / rate + hops * HOP_SECONDS

@@ -183,6 +183,12 @@ class Program:
         """The collectives that an instruction is, or that a fusion begins or does on the way."""
         if instruction.opcode == "fusion" and "collective-done" in instruction.name:
             return []  # counted where it began
+        if instruction.opcode == "recv":  # how a collective between slices is written, beside its send
+            told = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+            if not told:
+                return []
+            kind = told[1].lower().replace("_", "-")
+            return [Collective(kind, (), nbytes(arrays(instruction.shape)[0]), between_slices=True)]
         found = []
         for each in self.inside(instruction):
             kind = each.opcode.removesuffix("-start")
@@ -318,6 +324,7 @@ class Collective:
     kind: str  # of `COLLECTIVES`
     group: tuple[int, ...]  # one of the groups, devices as the program counts them
     moved: float  # bytes: gathered, reduced or sent on, on one device
+    between_slices: bool = False  # it crosses the network between slices; its group is not told
 
 
 # Who called them says more than their own lines.

@@ -77,6 +77,18 @@ def test_a_text_without_entry_is_refused():
         hlo.Program("HloModule nothing")
 
 
+def test_what_crosses_the_network_between_slices_is_read_off_its_receive():
+    receive = (
+        "  %recv.1 = (f32[12,8]{1,0}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+    )
+    program = hlo.Program(TEXT.replace("  %sum.1 =", receive + "  %sum.1 ="))
+    (sent,) = program.sends(program.computations["main"]["recv.1"])
+    assert (sent.kind, sent.moved, sent.between_slices) == ("all-reduce", 12 * 8 * 4, True)
+    plain = hlo.Program(TEXT.replace("  %sum.1 =", receive.replace("_xla_megascale_transfer_type", "x") + "  %sum.1 ="))
+    assert plain.sends(plain.computations["main"]["recv.1"]) == []  # from the host, not from another slice
+
+
 def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match="length is unknown"):
         hlo.Program(TEXT.replace("constant(9)", "parameter(1)")).total_flops()
