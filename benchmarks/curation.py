@@ -155,6 +155,7 @@ BENCHMARK = turns.Benchmark(
     same=same,
     packages=("apache-beam", "pyahocorasick"),
     rounds=7,
+    cpu_time=True,
 )
 
 if __name__ == "__main__":

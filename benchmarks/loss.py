@@ -22,7 +22,7 @@ def pairs(batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Unit rows, float32, in which a caption is nearer to its own image than to the others."""
     rng = np.random.default_rng(0)
     image = rng.standard_normal((batch, width), np.float32)
-    text = image + 3 * rng.standard_normal((batch, width), np.float32)
+    text = image + 8 * rng.standard_normal((batch, width), np.float32)
     image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
     return image, text
 

@@ -26,7 +26,7 @@ def features(bank: int, queries: int, width: int, classes: int) -> tuple[Split, 
 
     def draw(count: int) -> Split:
         labels = rng.integers(0, classes, count).astype(np.int32)
-        x = centres[labels] + 7 * rng.standard_normal((count, width), np.float32)
+        x = centres[labels] + 5 * rng.standard_normal((count, width), np.float32)
         return x / np.linalg.norm(x, axis=1, keepdims=True), labels
 
     return draw(bank), draw(queries)

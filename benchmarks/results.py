@@ -153,7 +153,7 @@ def table(case: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "program": lambda name, _: name,
         "median": lambda _, it: _time(it["seconds"]["median"]),
         "quartiles": lambda _, it: " to ".join(_time(edge) for edge in it["seconds"]["quartiles"]),
-        rate["unit"] if rate else "": lambda _, it: rate and f"{rate['per_run'] / it['seconds']['median']:,.4g}",
+        rate["unit"] if rate else "": lambda _, it: rate and _short(rate["per_run"] / it["seconds"]["median"]),
         "TFLOP/s": lambda _, it: _figure(it, "flops_per_s", lambda x: f"{x / 1e12:.3g}"),
         "MFU": lambda _, it: _figure(it, "mfu", lambda x: f"{x:.1%}"),
         "accuracy": lambda _, it: _figure(it, "accuracy", lambda x: f"{x:.2%}"),
@@ -169,8 +169,8 @@ def ratio(program: Mapping[str, Any]) -> str | None:
     """ "1.09 (1.08 to 1.10)": time of ours over the program's, below 1 where we are faster."""
     if "ratio" not in program:
         return None
-    low, high = program["ratio"]["quartiles"]
-    return f"{program['ratio']['median']:.2f} ({low:.2f} to {high:.2f})"
+    low, high = (_short(edge) for edge in program["ratio"]["quartiles"])
+    return f"{_short(program['ratio']['median'])} ({low} to {high})"
 
 
 def rounds(case: Mapping[str, Any]) -> str:
@@ -197,6 +197,11 @@ def text(case: Mapping[str, Any]) -> str:
 
 def _time(seconds: float) -> str:
     return f"{1e3 * seconds:,.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f} ms"
+
+
+def _short(x: float) -> str:
+    """Two decimals, fewer of what is large and more of what is small."""
+    return f"{x:,.{0 if x >= 1000 else 1 if x >= 10 else 2 if x >= 0.1 else 3}f}"
 
 
 def _figure(program: Mapping[str, Any], name: str, told: Callable[[float], str]) -> str | None:

@@ -73,7 +73,8 @@ class Benchmark:
     same: Callable[[Mapping[str, Any], Mapping[str, Any]], None]  # what each program gave, and the settings; asserts
     packages: tuple[str, ...]  # whose versions matter
     rounds: int = 11
-    processes: bool = False  # whether a program starts some of its own, so that its CPU time says nothing
+    cpu_time: bool = False  # whether its programs give CPU time, which counts in busy rounds too
+    processes: bool = False  # whether a program starts some of its own, whose CPU time is not seen
     memory: bool = False  # whether what a process grows by during a run is worth reporting
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -100,15 +101,17 @@ class Benchmark:
         return 0
 
     def run(self, cases: Sequence[Case], args: argparse.Namespace, command: str) -> None:
-        """Measures, prints and keeps `cases`; `args` has what `add_arguments` adds."""
-        report = results.new(self.name, command, self.packages, quick=args.quick)
+        """Measures, prints and keeps `cases`, each as it is done; `args` has what `add_arguments` adds."""
+        report, folder, path = results.new(self.name, command, self.packages, quick=args.quick), folder_of(args), None
         print(results.heading(report), flush=True)
         for case in cases:
             print(f"\n{case.title}", flush=True)
             report["cases"].append(measure(self, case, args))
             print(results.text(report["cases"][-1]), flush=True)
-        if folder := folder_of(args):
-            print(f"\nwritten to {results.save(report, folder)}", flush=True)
+            if folder:
+                path = results.save(report, folder)
+        if path:
+            print(f"\nwritten to {path}", flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -299,6 +302,7 @@ def measure(benchmark: Benchmark, case: Case, args: argparse.Namespace) -> dict[
         return result
     wanted = args.rounds or (3 if args.quick else benchmark.rounds)
     patience = wanted * (1 if args.quick else args.patience)
+    by_cpu = args.one_core or benchmark.cpu_time
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for program in case.programs:
@@ -319,7 +323,7 @@ def measure(benchmark: Benchmark, case: Case, args: argparse.Namespace) -> dict[
             answers = {program: worker.run() for program, worker in workers.items()}
             own = sum(w.cpu_s() for w in workers.values()) + _cpu_of("self") - own
             others = (_cpu_of_machine() - machine - own) / ((time.time() - start) * (os.cpu_count() or 1))
-            (quiet if others <= args.busy or args.one_core else noisy).append((answers, max(others, 0.0)))
+            (quiet if others <= args.busy or by_cpu else noisy).append((answers, max(others, 0.0)))
     enough = len(quiet) >= min(wanted, 5)
     used = quiet if enough else quiet + noisy
     result |= {"rounds": len(used), "thrown_away": len(noisy) if enough else 0, "quiet": enough}
