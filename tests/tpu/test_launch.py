@@ -512,13 +512,15 @@ def interrupted(world: World, *words: str, when: list[str]) -> str:
     with subprocess.Popen(
         [sys.executable, "-m", "tpu.launch", *words, "--poll=0.05"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        # Where the tests run in the background, the shell has Ctrl-C ignored, and children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as running:  # fmt: skip
         begun = time.monotonic()
         while not all((world.folder / name).exists() for name in when):
             assert running.poll() is None and time.monotonic() < begun + 60
             time.sleep(0.02)
         os.killpg(running.pid, signal.SIGINT)
-        told = running.communicate()[0]
+        told = running.communicate(timeout=60)[0]
     assert running.returncode == 130, told
     return told
 
