@@ -92,7 +92,7 @@ def batches(
     ways = 1 if mesh is None else sharding.batch_ways(mesh)
     size = -(-batch_size // ways) * ways
     run = _compiled(forward, mesh)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _on(mesh):
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
 
         def begin(start: int) -> list[concurrent.futures.Future[np.ndarray] | None]:
             wanted = _own_rows(mesh, size)
@@ -111,10 +111,10 @@ def batches(
                 like = next((row for row in loaded if row is not None), None)
                 like = load(rows[0]) if like is None else like
             empty = np.zeros_like(like)
-            yield (
-                run(model, _placed([empty if row is None else row for row in loaded], mesh)),
-                min(size, len(rows) - start),
-            )
+            placed = _placed([empty if row is None else row for row in loaded], mesh)
+            with _on(mesh):  # not around the yield: the caller's own computations are none of this mesh's
+                out = run(model, placed)
+            yield out, min(size, len(rows) - start)
 
 
 def embed_images(model: CLIP, images: Sequence[Any], batch_size: int = 64, image_size: int | None = None) -> np.ndarray:
