@@ -65,6 +65,24 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Any = None) -> Me
     return Mesh(np.stack(slices), AXES, axis_types=auto)
 
 
+def heads_mesh(mesh: Mesh, layers: int, rates: int) -> tuple[Mesh, PartitionSpec, PartitionSpec, PartitionSpec]:
+    """The same devices, cut for many small heads that train side by side: one for each layer and learning rate.
+
+    Rates are cut as many ways as divide them and the devices alike, then layers, and what devices are left share the
+    examples, so that none idles whatever the numbers are.
+
+    Returns:
+      The mesh; and the partitions of heads [Y, R, ...], of features [Y, B, ...] and of targets [B, ...], of which the
+      last two cut examples: B must be a multiple of `mesh.shape["examples"]`.
+    """
+    devices = mesh.devices.ravel()
+    by_rate = math.gcd(rates, devices.size)
+    by_layer = math.gcd(layers, devices.size // by_rate)
+    grid = devices.reshape(by_rate, by_layer, -1)
+    mesh = Mesh(grid, ("rates", "layers", "examples"), axis_types=(AxisType.Auto,) * 3)
+    return mesh, PartitionSpec("layers", "rates"), PartitionSpec("layers", "examples"), PartitionSpec("examples")
+
+
 def _slices(devices: list[Any], dcn: int) -> list[list[Any]]:
     """The devices of each slice; where the platform knows of none, as on a CPU, processes stand for them."""
     numbers = {getattr(device, "slice_index", None) or 0 for device in devices}

@@ -1,0 +1,182 @@
+"""The small loop that every head on frozen features shares: all layers and all learning rates train in one update.
+
+A head is what a probe trains on a layer's features, such as a linear classifier. Heads do not see each other: each
+starts alike, meets the same batches, and becomes what it would have become alone. They are stacked, [Y, R, ...] for Y
+layers and R rates, and on a mesh the stack is cut over all devices.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from pe_jax import sharding
+
+Tree = Any  # of arrays
+Head = tuple[Tree, Tree]  # parameters, and state that is not trained, such as running averages ({} where there is none)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """Trained heads.
+
+    Attributes:
+      params, state: of all heads, leaves [Y, R, ...].
+      losses: [T, Y, R] before each of the T updates; not finite where a rate was too high.
+      mesh: the mesh that the heads were trained on.
+    """
+
+    params: Tree
+    state: Tree
+    losses: Float[np.ndarray, "T Y R"]
+    mesh: Mesh | None = None
+
+    def apply(self, function: Callable[[Tree, Tree, Tree], Tree], features: Tree) -> Tree:
+        """`function(params, state, features)` of one head, for all: leaves [Y, R, ...], on every device.
+
+        Args:
+          function: a module-level function (or one that is cached), so that it is compiled once.
+          features: leaves [Y, B, ...].
+        """
+        heads = _Placement(self.mesh, *self.losses.shape[1:])
+        with heads.context():
+            return _each_head(function, heads.whole)(self.params, self.state, heads.features(features))
+
+    def head(self, layer: int, rate: int) -> Head:
+        """The parameters and state of one head, by its places along the two axes."""
+        return jax.tree.map(lambda leaf: leaf[layer, rate], (self.params, self.state))
+
+
+def fit(
+    init: Callable[[jax.Array], Head],
+    loss: Callable[[Tree, Tree, Tree, Tree, jax.Array], tuple[Array, Tree]],
+    batches: Iterable[tuple[Tree, Tree]],
+    *,
+    layers: int,
+    rates: Sequence[float],
+    transform: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+) -> Fitted:
+    """Trains one head for each layer and rate, on batches that all of them share.
+
+    Args:
+      init: key → parameters and state of one head; called once, so every head starts alike.
+      loss: (parameters, state, features, targets, key) of one head → the loss [] and the new state.
+      batches: (features, targets), host or device arrays: features are a tree of leaves [Y, B, ...], an entry a layer,
+        targets one of leaves [B, ...]. Drawn one at a time, one ahead of the devices, and never kept. They may be of
+        different sizes, each of which is compiled once.
+      layers: Y.
+      rates: R learning rates.
+      transform: gives the update at rate 1, its sign and schedule included, as `optax.chain(optax.scale_by_adam(),
+        optax.scale_by_learning_rate(schedule))` with a schedule that peaks at 1 does; each head's rate multiplies it.
+      mesh: its devices share the heads; None computes where the features are.
+      seed: of `init` and of `loss`'s keys, which differ from step to step and are the same for all heads.
+
+    Raises:
+      ValueError: for no layer, no rate or one that is not positive, no batch, or features without Y entries.
+    """
+    if layers < 1:
+        raise ValueError(f"layers={layers} must be at least 1.")
+    if not len(rates) or not all(rate > 0 and math.isfinite(rate) for rate in rates):
+        raise ValueError(f"rates={tuple(rates)} must be one or more positive numbers, like (0.01, 0.1).")
+    heads = _Placement(mesh, layers, len(rates))
+
+    @functools.partial(jax.jit, out_shardings=heads.own)
+    def begin(key: jax.Array) -> tuple[Tree, Tree, Tree]:
+        params, state = init(key)
+        stack = functools.partial(_stacked, shape=(layers, len(rates)))
+        return jax.tree.map(stack, (params, state, transform.init(params)))
+
+    def one(carry: tuple[Tree, Tree, Tree], rate: Array, features: Tree, targets: Tree, key: jax.Array) -> Any:
+        params, state, moments = carry
+        (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(params, state, features, targets, key)
+        updates, moments = transform.update(gradients, moments, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates))
+        return (params, state, moments), value
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(heads.own, heads.whole))
+    def update(carry: Any, features: Tree, targets: Tree, step: Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        by_rate = jax.vmap(one, in_axes=(0, 0, None, None, None))
+        by_layer = jax.vmap(by_rate, in_axes=(0, None, 0, None, None))
+        return by_layer(carry, jnp.asarray(rates, jnp.float32), features, targets, key)
+
+    with heads.context():
+        carry = begin(jax.random.key(seed))
+    losses: list[Any] = []
+    for step, (features, targets) in enumerate(batches):
+        with heads.context():
+            placed = heads.features(features), heads.targets(targets)
+            carry, value = update(carry, *placed, jnp.uint32(step))
+        losses.append(value)
+        if step:  # waits for the update before, so that not more than two batches of features are held
+            losses[step - 1] = np.asarray(losses[step - 1], np.float32)
+    if not losses:
+        raise ValueError("there is nothing to fit on: `batches` gave none.")
+    params, state, _ = carry
+    return Fitted(params, state, np.stack([np.asarray(value, np.float32) for value in losses]), mesh)
+
+
+def _stacked(leaf: Any, shape: tuple[int, int]) -> Array:
+    return jnp.broadcast_to(leaf, shape + jnp.shape(leaf))
+
+
+@functools.cache
+def _each_head(function: Callable[[Tree, Tree, Tree], Tree], whole: NamedSharding | None) -> Callable[..., Tree]:
+    by_rate = jax.vmap(function, in_axes=(0, 0, None))
+    return jax.jit(jax.vmap(by_rate, in_axes=(0, 0, 0)), out_shardings=whole)
+
+
+class _Placement:
+    """Where heads, features and targets go; everything stays where it is without a mesh."""
+
+    def __init__(self, mesh: Mesh | None, layers: int, rates: int):
+        self._layers, self._mesh = layers, None
+        self.own = self.whole = None
+        if mesh is not None:
+            self._mesh, own, self._of_features, self._of_targets = sharding.heads_mesh(mesh, layers, rates)
+            self.own, self.whole = NamedSharding(self._mesh, own), sharding.replicated(self._mesh)
+
+    def context(self) -> Any:
+        """The mesh as the current one, whichever it is outside."""
+        return jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext()
+
+    def features(self, tree: Tree) -> Tree:
+        for leaf in jax.tree.leaves(tree):
+            if leaf.ndim < 2 or leaf.shape[0] != self._layers:
+                raise ValueError(
+                    f"features have shape {leaf.shape}; want [{self._layers}, examples, ...], an entry for each layer."
+                )
+        return self._placed(tree, examples=1)
+
+    def targets(self, tree: Tree) -> Tree:
+        return self._placed(tree, examples=0)
+
+    def _placed(self, tree: Tree, examples: int) -> Tree:
+        if self._mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        mesh, partition = self._mesh, (self._of_targets, self._of_features)[examples]
+
+        def put(leaf: Any) -> jax.Array:
+            # An uneven batch, as the last of a pass may be, goes whole to all that would share it.
+            own = (
+                partition
+                if leaf.shape[examples] % mesh.shape["examples"] == 0
+                else PartitionSpec(*partition[:examples])
+            )
+            place = NamedSharding(mesh, own)
+            if isinstance(leaf, jax.Array):
+                return jax.device_put(leaf, place)
+            return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+
+        return jax.tree.map(put, tree)
