@@ -6,7 +6,7 @@ Each parameter names its logical axes in its `axes` metadata, which `pe_jax.shar
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from pe_jax.models import attention_tpu
 from pe_jax.sharding import constrain
 from pe_jax.types import Params, split
 
+AnyBlock = TypeVar("AnyBlock", bound=nnx.Module)
 EPSILON = 1e-5  # of every LayerNorm, in both towers and the pooler
 
 _keep = jax.checkpoint_policies.save_only_these_names
@@ -61,6 +62,7 @@ class Dense(nnx.Module):
       dtype: computed in; the parameters are float32.
       gradient_dtype: in which the kernel's gradient is summed over devices; None is `dtype`.
       heads: how many heads a "heads" axis holds.
+      bias: whether there is one.
       kernel_init, bias_init: PyTorch's for a Linear by default.
     """
 
@@ -74,6 +76,7 @@ class Dense(nnx.Module):
         gradient_dtype: Any = None,
         rngs: nnx.Rngs,
         heads: int | None = None,
+        bias: bool = True,
         kernel_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
     ):
@@ -81,7 +84,8 @@ class Dense(nnx.Module):
         plain = uniform(inputs**-0.5)
         kernel = (kernel_init or plain)(rngs.params(), (inputs, outputs))
         self.kernel = nnx.Param(kernel, axes=axes, heads=heads)
-        self.bias = nnx.Param((bias_init or plain)(rngs.params(), (outputs,)), axes=axes[1:], heads=heads)
+        if bias:
+            self.bias = nnx.Param((bias_init or plain)(rngs.params(), (outputs,)), axes=axes[1:], heads=heads)
 
     def whole(self) -> tuple[Float[Array, "I O"], Float[Array, "O"]]:
         """Kernel and bias to compute with, whole on every device of the fsdp axis."""
@@ -90,7 +94,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y: Array = _product(x.astype(self.dtype), self.kernel[...], self.axes, self.dtype, self.gradient_dtype)
-        return y + jnp.asarray(self.bias[...], self.dtype)
+        return y + jnp.asarray(self.bias[...], self.dtype) if hasattr(self, "bias") else y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -390,7 +394,7 @@ def _same(x: Array) -> Array:
     return x
 
 
-def stack(make_block: Callable[[nnx.Rngs], Block], depth: int, *, rngs: nnx.Rngs) -> Block:
+def stack(make_block: Callable[[nnx.Rngs], AnyBlock], depth: int, *, rngs: nnx.Rngs) -> AnyBlock:
     """`depth` independently initialised blocks as one block whose parameters are stacked, [Y, ...]."""
     return nnx.split_rngs(splits=depth)(nnx.vmap(make_block, in_axes=0, out_axes=0))(rngs)
 
