@@ -10,6 +10,9 @@ in the compiled program, loops in full; times are estimates with a band (`tpu.es
 
 import argparse
 import copy
+import gzip
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -30,7 +33,8 @@ os.environ.setdefault("TPU_WORKER_ID", "0")
 import jax
 import numpy as np
 
-from pe_jax import sharding, train
+import pe_jax
+from pe_jax import hub, sharding, train
 from pe_jax.models.layers import REMAT_POLICIES
 from tpu import chips, hlo, page
 from tpu.estimate import estimate
@@ -91,7 +95,13 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
 
 
 def report(
-    config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1, text_to: pathlib.Path | None = None
+    config: Mapping[str, Any],
+    topology: str,
+    *,
+    slices: int = 1,
+    phase: int = -1,
+    text_to: pathlib.Path | None = None,
+    cache: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the update of one phase for a slice and reads what the compiler made of it.
 
@@ -101,6 +111,7 @@ def report(
       slices: how many of them, joined by the data centre's network.
       phase: which of the config's phases, the last by default.
       text_to: where to write the compiled program's text, to read on.
+      cache: a folder that keeps what the compiler made; an unchanged program is read from there. None compiles anew.
 
     Returns:
       Figures by name; bytes, FLOPs and seconds per chip. A program that does not fit has `fits` False, and `needs`
@@ -138,25 +149,25 @@ def report(
         "model_flops": chosen.stage.update_flops(chosen.image_size) * chosen.batch_size / len(devices),
     }
     begun = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = train.make_train_step(chosen.stage, tx, abstract, run.compiler_options).lower(abstract, batch)
+    traced = time.perf_counter() - begun
+    kept = cache and cache / f"{_key(lowered, topology, slices, run.compiler_options)}.json.gz"
     try:
-        with jax.set_mesh(mesh):
-            lowered = train.make_train_step(chosen.stage, tx, abstract, run.compiler_options).lower(abstract, batch)
-        compiled, text = compiled_text(lowered)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return figures | {"fits": False, "compile_seconds": time.perf_counter() - begun} | _refusal(str(error))
-    figures["compile_seconds"] = time.perf_counter() - begun
+        made = compiled(lowered, kept=kept)
+    except Refused as error:
+        return figures | {"fits": False, "compile_seconds": traced + error.seconds} | _refusal(str(error))
     if text_to:
-        text_to.write_text(text)
-    memory, wiring = compiled.memory_analysis(), chips.Wiring.of(list(mesh.devices.flat))
+        text_to.write_text(made.text)
+    wiring = chips.Wiring.of(list(mesh.devices.flat))
     figures |= {
         "fits": True,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": traced + made.seconds,
+        "argument_bytes": made.argument_bytes,
+        "temporary_bytes": made.temporary_bytes,
         "holds": wiring.chip.hbm,
     }
-    program = hlo.Program(text)
+    program = hlo.Program(made.text)
     guess = estimate(program, wiring)
     return figures | {
         "executed_flops": program.total_flops() + guess.kernel_flops,
@@ -171,19 +182,79 @@ def report(
     }
 
 
-def compiled_text(lowered: jax.stages.Lowered, name: str = "train_step") -> tuple[jax.stages.Compiled, str]:
-    """The program, and its scheduled text; `name` is of the jitted function.
+class Compiled(NamedTuple):
+    """What the compiler made of a program: its scheduled text, and bytes on a device."""
 
-    libtpu 0.0.52 cannot read back programs with collectives on sparse cores (v5p, v6e), so what it dumps on the way is
-    read instead; the dump is of text alone and costs seconds.
+    text: str
+    argument_bytes: int
+    temporary_bytes: int
+    seconds: float  # that it took, the first time
+
+
+class Refused(Exception):
+    """The compiler's words about a program that does not fit, and the seconds it took to find out."""
+
+    def __init__(self, told: str, seconds: float):
+        super().__init__(told)
+        self.seconds = seconds
+
+
+def compiled(lowered: jax.stages.Lowered, name: str = "train_step", *, kept: pathlib.Path | None = None) -> Compiled:
+    """Compiles, or reads what was kept of the same program; `name` is of the jitted function.
+
+    libtpu 0.0.52 cannot read back programs with collectives on sparse cores (v5p, v6e), neither as text nor from JAX's
+    own cache, so what it dumps on the way is read and kept instead; the dump is of text alone and costs seconds.
+
+    Args:
+      lowered: a jitted function, lowered for devices of a slice.
+      name: of that function.
+      kept: a file for the outcome, a refusal too; None keeps nothing.
+
+    Raises:
+      Refused: if it does not fit.
     """
+    if kept and kept.is_file():
+        found = json.loads(gzip.decompress(kept.read_bytes()))
+        if "refused" in found:
+            raise Refused(found["refused"], found["seconds"])
+        return Compiled(**found)
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         try:
-            return compiled, compiled.as_text()
+            program = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refused = Refused(str(error), time.perf_counter() - begun)
+            _keep(kept, {"refused": str(error), "seconds": refused.seconds})
+            raise refused from None
+        seconds = time.perf_counter() - begun
+        try:
+            text = program.as_text()
         except jax.errors.JaxRuntimeError:
             (dumped,) = pathlib.Path(folder).glob(f"*{name}*.after_codegen.txt")
-            return compiled, dumped.read_text()
+            text = dumped.read_text()
+    memory = program.memory_analysis()
+    made = Compiled(text, memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds)
+    _keep(kept, made._asdict())
+    return made
+
+
+def _keep(file: pathlib.Path | None, what: Mapping[str, Any]) -> None:
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.write_bytes(gzip.compress(json.dumps(what).encode(), 1))
+        part.replace(file)
+
+
+def _key(lowered: jax.stages.Lowered, *more: Any) -> str:
+    """Of everything that the outcome follows from: the program, options, the compiler, and our source lines."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+    digest = hashlib.sha256(repr((lowered.as_text(), more, versions)).encode())
+    for file in sorted(pathlib.Path(pe_jax.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def _bytes_on_one(tree: Any) -> int:
@@ -290,7 +361,9 @@ def changed(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     return new
 
 
-def sweep(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1) -> Iterator[dict[str, Any]]:
+def sweep(
+    config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: int = -1, cache: pathlib.Path | None = None
+) -> Iterator[dict[str, Any]]:
     """Reports of meshes x remat policies x micro-batches.
 
     A policy that keeps less is tried only where one that keeps more did not fit, and more micro-batches only where the
@@ -305,7 +378,7 @@ def sweep(config: Mapping[str, Any], topology: str, *, slices: int = 1, phase: i
             for remat in REMAT_POLICIES:
                 try:
                     tried = changed(config, mesh=mesh, micro=micro, remat=remat)
-                    figures = report(tried, topology, slices=slices, phase=phase)
+                    figures = report(tried, topology, slices=slices, phase=phase, cache=cache)
                 except ValueError:  # this batch does not cut so
                     continue
                 yield figures
@@ -335,7 +408,9 @@ def ranked(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def smallest(config: Mapping[str, Any], kind: str, *, phase: int = -1) -> Iterator[dict[str, Any]]:
+def smallest(
+    config: Mapping[str, Any], kind: str, *, phase: int = -1, cache: pathlib.Path | None = None
+) -> Iterator[dict[str, Any]]:
     """Reports of ever larger slices, parameters cut over all chips (as far as they divide), until one fits.
 
     Raises:
@@ -349,7 +424,7 @@ def smallest(config: Mapping[str, Any], kind: str, *, phase: int = -1) -> Iterat
         count = len(devices_of(topology))
         fsdp = max(2**i for i in range(count.bit_length()) if width % 2**i == 0 and count % 2**i == 0)
         try:
-            figures = report(changed(config, mesh={"data": -1, "fsdp": fsdp}), topology, phase=phase)
+            figures = report(changed(config, mesh={"data": -1, "fsdp": fsdp}), topology, phase=phase, cache=cache)
         except ValueError as error:
             if "does not cut" not in str(error):
                 raise
@@ -376,16 +451,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the figures there too")
     parser.add_argument("--text", metavar="FILE", type=pathlib.Path, help="write the compiled program there too")
     parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write a page with plots there too")
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        default=str(hub.cache() / "aot"),
+        help="keeps compiled programs, so that what did not change is not compiled again; '' keeps none (%(default)s)",
+    )
     args = parser.parse_args(argv)
+    cache = pathlib.Path(args.cache) if args.cache else None
     try:
         mesh = mesh_of(args.mesh) if args.mesh else None
         config = changed(config_of(args.config), mesh=mesh, batch=args.batch, micro=args.micro, remat=args.remat)
         if args.smallest:
-            tries = smallest(config, args.topology, phase=args.phase)
+            tries = smallest(config, args.topology, phase=args.phase, cache=cache)
         elif args.sweep:
-            tries = sweep(config, args.topology, slices=args.slices, phase=args.phase)
+            tries = sweep(config, args.topology, slices=args.slices, phase=args.phase, cache=cache)
         else:
-            tries = iter([report(config, args.topology, slices=args.slices, phase=args.phase, text_to=args.text)])
+            where = {"slices": args.slices, "phase": args.phase, "text_to": args.text, "cache": cache}
+            tries = iter([report(config, args.topology, **where)])
         reports = []
         for figures in tries:
             reports.append(figures)

@@ -133,9 +133,9 @@ def predicted(model: Published) -> dict[str, float]:
     mesh = sharding.make_mesh({"data": 1, "fsdp": len(devices)}, devices)
     update, arguments = update_of(model, mesh)  # makes arrays of the host's own, so before the mesh is set
     with jax.set_mesh(mesh):
-        _, text = aot.compiled_text(update.lower(*arguments), "jit_update")
+        program = aot.compiled(update.lower(*arguments), "jit_update")
     wiring = chips.Wiring.of(list(mesh.devices.flat))
-    return estimate(hlo.Program(text), wiring).mfu(model.flops, wiring.chip.peak)
+    return estimate(hlo.Program(program.text), wiring).mfu(model.flops, wiring.chip.peak)
 
 
 def product(kind: str, rows: int, contracted: int, columns: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from tpu import aot, page
@@ -25,6 +26,12 @@ FITS = {
 REFUSED = {key: FITS[key] for key in list(FITS)[:12]} | {
     "remat": "none", "fits": False, "needs": 52 * 2**30, "holds": 15.75 * 2**30, "compile_seconds": 30.0,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What is compiled here is kept here, not in the user's cache."""
+    monkeypatch.setenv("PE_JAX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +89,27 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, capsys):
     assert any(each["kind"] == "all-reduce" and each["axes"] == "data" for each in figures["collectives"])
     assert any(line["line"].startswith("pe_jax/") for line in figures["lines"])
     assert "estimated" in capsys.readouterr().out and "<h2>" in (tmp_path / "a.html").read_text()
+    (kept,) = (tmp_path / "cache" / "aot").glob("*.json.gz")
+    written = kept.stat().st_mtime_ns
+    assert aot.main(args) == 0  # an unchanged program is read back, not compiled
+    assert {**json.loads((tmp_path / "a.json").read_text()), "compile_seconds": 0} == {**figures, "compile_seconds": 0}
+    assert [*(tmp_path / "cache" / "aot").iterdir()] == [kept] and kept.stat().st_mtime_ns == written
+
+
+@needs_libtpu
+def test_what_is_kept_belongs_to_one_program_with_its_options():
+    one, other = (jax.jit(lambda x, c=c: x + c).lower(1.0) for c in (1.0, 2.0))
+    keys = {aot._key(one, "v5e:2x2", {}), aot._key(other, "v5e:2x2", {}), aot._key(one, "v5e:2x2", {"a": 1})}
+    assert len(keys) == 3 and aot._key(one, "v5e:2x2", {}) in keys
+
+
+@needs_libtpu
+def test_a_step_that_is_too_large_is_refused_with_its_need_and_that_is_kept_too(tmp_path, capsys):
+    args = ["--config=experiments/pretrain_core.py:T16,micro=1", "--topology=v5e:2x2", "--batch=16384", "--remat=none"]
+    assert [aot.main(args) for _ in range(2)] == [1, 1]
+    first, again = capsys.readouterr().out.split("does not fit")[1:]
+    assert first.splitlines()[0] == again.splitlines()[0] and "it needs" in first
+    assert len(list((tmp_path / "cache" / "aot").glob("*.json.gz"))) == 1
 
 
 @needs_libtpu
@@ -107,13 +135,6 @@ def test_slices_are_joined_by_the_dcn_axis(capsys):
     assert aot.main([*args, "--mesh=dcn=2,data=-1"]) == 0
     told = capsys.readouterr().out
     assert "2 slices of v5e:2x2, 8 chips" in told and "dcn" in told.partition("collectives")[2]
-
-
-@needs_libtpu
-def test_a_step_that_is_too_large_is_refused_with_its_need(capsys):
-    config = "--config=experiments/pretrain_core.py:T16,micro=1"
-    assert aot.main([config, "--topology=v5e:2x2", "--batch=16384", "--remat=none"]) == 1
-    assert "does not fit: it needs" in capsys.readouterr().out
 
 
 @needs_libtpu
