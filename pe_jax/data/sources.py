@@ -1,6 +1,7 @@
 """Where records come from: each source is a random-access sequence of dicts of named fields.
 
   JSONL, CSV    image paths and captions; the paths are relative to the file
+  karpathy      the JSON file of COCO's or Flickr30k's usual splits
   packed        NAME.jsonl beside NAME.npz, which holds the encoded images one after the other
   array_record  sharded ArrayRecord files in our own simple record format (`write_shard`), the form to train from
   webdataset    tar shards read in place through an index of offsets
@@ -209,6 +210,42 @@ class Folder:
 
     def where(self, index: int) -> str:
         return os.path.join(self.path, self.images[index])
+
+
+class Karpathy:
+    """Captioned images of COCO, Flickr30k or Flickr8k by the JSON file of Karpathy's splits, five captions each.
+
+    Args:
+      path: the file, such as dataset_coco.json.
+      split: "train", "restval", "val" or "test".
+      root: folder of the images, which lie in it by their `filepath` where that is given; by default the folder of
+        `path`.
+    """
+
+    def __init__(self, path: str, split: str = "test", root: str | None = None):
+        self.path, self.split, self.root = path, split, root if root is not None else os.path.dirname(path)
+        content = _parse(_read(path), path, ValueError)
+        if not isinstance(content.get("images"), list):
+            raise ValueError(f"{path} has no list `images`, so it is not the JSON file of Karpathy's splits.")
+        self.records = [record for record in content["images"] if record.get("split") == split]
+        if not self.records:
+            known = sorted({str(record.get("split")) for record in content["images"]})
+            raise ValueError(f"{path} has no image of split {split!r}; its splits are {', '.join(known)}.")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.records[index]
+        try:
+            captions = [sentence["raw"] for sentence in record["sentences"]]
+            image = os.path.join(self.root, record.get("filepath", ""), record["filename"])
+        except (KeyError, TypeError) as error:
+            raise BadRecord(f"{self.where(index)} lacks {error}; want sentences with raw, and filename.") from error
+        return {"image": image, "captions": captions}
+
+    def where(self, index: int) -> str:
+        return f"{self.path} {self.split} image {index}"
 
 
 class Csv:
@@ -533,6 +570,7 @@ SOURCES = {
     "jsonl": Jsonl,
     "csv": Csv,
     "folder": Folder,
+    "karpathy": Karpathy,
     "packed": Packed,
     "array_record": ArrayRecord,
     "webdataset": WebDataset,
@@ -714,4 +752,6 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         return [_plain(v) for v in value.tolist()]
+    if isinstance(value, Mapping):
+        return {name: _plain(v) for name, v in value.items()}
     return value

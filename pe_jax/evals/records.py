@@ -1,14 +1,16 @@
 """Labelled or captioned images for evaluators: the fields of a data source's records, by name.
 
-An evaluator's `data` is a source as in a run's `data.sources`, with three fields of its own:
+An evaluator's `data` is a source as in a run's `data.sources`, with four fields of its own:
 
   {"name": "jsonl", "path": "digits/test.jsonl", "label": "label", "caption": "text", "limit": 1000}
 
 `label` is the field that holds the class, an integer from 0 or the class's name; `caption` the one that holds a text
-or a list of texts; `limit` takes the first so many records. All processes see the same records in the same order. A
-record that cannot be read is an error: a score over fewer images would be another score.
+or a list of texts; `caption_lines` says that each line of the text is a caption of its own; `limit` takes the first so
+many records. All processes see the same records in the same order. A record that cannot be read is an error: a score
+over fewer images would be another score.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +22,7 @@ from pe_jax.data import sources
 
 LABELS = ("label", "cls")  # looked for in this order where no field is named
 CAPTIONS = ("captions", "caption", "text", "txt")
-_OWN = ("label", "caption", "limit")
+_OWN = ("label", "caption", "caption_lines", "limit")
 
 
 class Images(Sequence[Any]):
@@ -38,6 +40,19 @@ class Images(Sequence[Any]):
         return self._source[index]["image"]
 
 
+class Chosen(Sequence[Any]):
+    """Some of the rows of another sequence."""
+
+    def __init__(self, rows: Sequence[Any], places: Sequence[int] | np.ndarray):
+        self._rows, self._places = rows, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[int(self._places[index])]
+
+
 @dataclasses.dataclass(frozen=True)
 class Records:
     """The records of one source, as evaluators see them."""
@@ -45,6 +60,7 @@ class Records:
     source: sources.Source
     label: str | None = None
     caption: str | None = None
+    caption_lines: bool = False
     limit: int | None = None
 
     def __len__(self) -> int:
@@ -54,22 +70,30 @@ class Records:
     def images(self) -> Images:
         return Images(self.source, len(self))
 
-    def labels(self, classes: Sequence[str] | None = None) -> Int64[np.ndarray, "N"]:
+    def labels(self, classes: Sequence[str] | None = None, *, others: bool = False) -> Int64[np.ndarray, "N"]:
         """[N] class of each record: the integer that is there, or the place of its name among `classes`.
+
+        Args:
+          classes: what the records may call their class, in the order of the numbers; one that is there twice is known
+            by its numbers alone.
+          others: a record of another name gets -1.
 
         Raises:
           ValueError: for a record without a label, a name that is no class, or a number out of range.
         """
-        place = {name: i for i, name in enumerate(classes or ())}
+        counts = collections.Counter(classes or ())
+        place = {name: i for i, name in enumerate(classes or ()) if counts[name] == 1}
         found = np.empty(len(self), np.int64)
         for row in range(len(self)):
             value = self._value(row, (self.label,) if self.label else LABELS)
             if isinstance(value, str) and value in place:
                 found[row] = place[value]
-            elif isinstance(value, int | np.integer) and value >= 0 and (classes is None or value < len(place)):
+            elif isinstance(value, int | np.integer) and value >= 0 and (classes is None or value < len(classes)):
                 found[row] = value
+            elif others and isinstance(value, str) and not counts[value]:
+                found[row] = -1
             else:
-                wanted = f"an integer from 0 to {len(place) - 1}, or a class name" if classes else "an integer from 0"
+                wanted = f"an integer from 0 to {len(classes) - 1}, or a class name" if classes else "an integer from 0"
                 raise ValueError(f"{self.source.where(row)}: the label is {value!r:.60}; want {wanted}.")
         return found
 
@@ -82,7 +106,12 @@ class Records:
         found = []
         for row in range(len(self)):
             value = self._value(row, (self.caption,) if self.caption else CAPTIONS)
-            own = (value,) if isinstance(value, str) else tuple(value)
+            if isinstance(value, Mapping) and "text" in value:  # how TFDS nests them
+                value = value["text"]
+            if isinstance(value, str):
+                own = tuple(line for line in value.splitlines() if line.strip()) if self.caption_lines else (value,)
+            else:
+                own = tuple(value)
             if not own or not all(isinstance(text, str) and text.strip() for text in own):
                 raise ValueError(f"{self.source.where(row)}: the caption is {value!r:.60}; want a text, or a list.")
             found.append(own)

@@ -4,6 +4,7 @@ The classifier of a class is the mean of the unit embeddings of its prompts, bro
 the cosine. The same code serves `pe-jax classify`, the evaluator during training, and the report.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from pe_jax.evals import inference, records
+from pe_jax.evals import inference, records, views
 from pe_jax.models.clip import CLIP
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
@@ -24,12 +25,12 @@ def templates(spec: str | Sequence[str]) -> tuple[str, ...]:
 
     Args:
       spec: a set that comes with the package (`imagenet`, `photo`, `none`, ...), a text file with one template a line,
-        or the templates themselves.
+        or the templates themselves. CLIP_benchmark's files write `{c}` for `{}`.
 
     Raises:
       ValueError: for an unknown set, a missing file, no template at all, or one without `{}`.
     """
-    found = _entries(spec, "templates")
+    found = tuple(template.replace("{c}", "{}") for template in _entries(spec, "templates"))
     if bad := [template for template in found if "{}" not in template]:
         raise ValueError(
             f"template {bad[0]!r} has no {{}} where the class name goes; write it like 'a photo of a {{}}.'"
@@ -37,8 +38,12 @@ def templates(spec: str | Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def classes(spec: str | Sequence[str]) -> tuple[str, ...]:
+def classes(spec: str | Sequence[str], repeats: bool = False) -> tuple[str, ...]:
     """Class names in the order of their labels: a set of the package, a file (text, or JSON list), or a list.
+
+    Args:
+      spec: as said.
+      repeats: whether two classes may share a name, as two pairs of ImageNet's do.
 
     Raises:
       ValueError: for an unknown set, a missing file, an empty or repeated name, or fewer than 2 names.
@@ -46,7 +51,7 @@ def classes(spec: str | Sequence[str]) -> tuple[str, ...]:
     found = tuple(name.strip() for name in _entries(spec, "classes"))
     if "" in found:
         raise ValueError(f"class name {found.index('') + 1} of {len(found)} is empty; name every class.")
-    if repeated := sorted({name for name in found if found.count(name) > 1}):
+    if not repeats and (repeated := sorted(name for name, n in collections.Counter(found).items() if n > 1)):
         raise ValueError(f"class {repeated[0]!r} is there more than once; give every class a name of its own.")
     if len(found) < 2:
         raise ValueError(f"got {len(found)} class; classification needs at least 2.")
@@ -72,7 +77,8 @@ def _entries(spec: str | Sequence[str], kind: str) -> tuple[str, ...]:
             content = json.loads(text)
             found = tuple(content[kind] if isinstance(content, dict) and kind in content else content)
         else:
-            found = tuple(line.strip() for line in text.splitlines() if line.strip())
+            lines = text.rstrip().splitlines()  # a blank line among class names is a mistake that shifts the others
+            found = tuple(line.strip() for line in lines if line.strip() or kind == "classes")
     if not found or not all(isinstance(entry, str) for entry in found):
         raise ValueError(f"{kind} {spec!r:.60} must be one or more strings.")
     return found
@@ -135,9 +141,15 @@ class ZeroShot:
 
     Attributes:
       data: labelled images, see `pe_jax.evals.records`.
-      classes, templates: see the functions of these names.
+      classes, templates: see the functions of these names; a file of class names may repeat some.
       batch_size: images in a forward pass, over all devices.
       image_size: pixels of a side; None takes the model's own.
+      resize: "squash", "crop", or "better": both, of which the one with the higher top-1 is reported, and both listed
+        as `top1_squash` and so on; None takes the model's own.
+      border: pixels to cut off each side of an image first; ObjectNet's have a red frame, PE's harness cuts 2.
+      labels: how the data call each class where they do not call it by the name that prompts use: an entry a class.
+      subset: leave out records of other classes, such as the 200 of ObjectNet that ImageNet has not; without it, they
+        are an error.
     """
 
     data: Mapping[str, Any]
@@ -145,20 +157,44 @@ class ZeroShot:
     templates: str | Sequence[str] = "imagenet"
     batch_size: int = 64
     image_size: int | None = None
+    resize: str | None = None
+    border: int = 0
+    labels: Sequence[str] | None = None
+    subset: bool = False
 
     def __post_init__(self) -> None:
-        classes(self.classes)
         templates(self.templates)
+        views.check(self.resize, self.border)
+        names = self.names
+        if self.labels is not None and len(self.labels) != len(names):
+            raise ValueError(f"labels has {len(self.labels)} entries for {len(names)} classes; give one a class.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What prompts call the classes, in the order of their labels."""
+        return classes(self.classes, repeats=isinstance(self.classes, str) or self.labels is not None)
 
     def __call__(self, model: inference.Model) -> dict[str, float]:
-        return self.result(model).figures
+        found = {view: result.figures for view, result in self.results(model).items()}
+        return views.reported(found, lambda figures: figures["top1"])
 
     def result(self, model: inference.Model) -> Result:
-        """Scores of every image; the figures, predictions and confusion matrix follow from them."""
+        """Scores of every image, in the better view; the figures, predictions and confusion matrix follow from them."""
+        return max(self.results(model).values(), key=lambda result: result.figures["top1"])
+
+    def results(self, model: inference.Model) -> dict[str, Result]:
+        """The result in each view of the images."""
         clip = inference.require_text(model, "zero-shot classification")
-        names = classes(self.classes)
+        names = self.names
         rows = records.open(self.data)
-        labels = rows.labels(names)
+        labels = rows.labels(self.labels or names, others=self.subset)
+        images: Sequence[Any] = rows.images
+        if self.subset:
+            kept = np.flatnonzero(labels >= 0)
+            if not len(kept):
+                raise ValueError(f"none of the {len(labels)} records is of one of the {len(names)} classes.")
+            images, labels = records.Chosen(images, kept), labels[kept]
         weights = classifier(clip, names, templates(self.templates))
-        images = inference.embed_images(clip, rows.images, self.batch_size, self.image_size)
-        return Result(names, labels, images @ weights.T)
+        seen = views.Views.of(clip, self.resize, self.image_size, self.border)
+        embedded = seen.embed(clip, images, self.batch_size)
+        return {view: Result(names, labels, own @ weights.T) for view, own in embedded.items()}
