@@ -4,6 +4,7 @@ Each parameter names its logical axes in its `axes` metadata, which `pe_jax.shar
 [in, out]. Initialisation follows PE's published module: PyTorch's defaults, and Xavier-uniform for the fused qkv.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -223,6 +224,32 @@ class Attention(nnx.Module):
         k, v = self._project(tokens, slice(1, 3))
         return self.out(attend(q, k, v).reshape(queries.shape))
 
+    def weights(
+        self,
+        tokens: Float[Array, "B N D"],
+        *,
+        rope: tuple[np.ndarray, np.ndarray] | None = None,
+        reduce: Callable[[Array], Any] | None = None,
+    ) -> Any:
+        """[B, K, N, N] how much each token (third axis) attends to each (fourth) where tokens attend among themselves.
+
+        Rows sum to 1. Computed for itself, in float32, since no fast kernel ever has this table in memory.
+
+        Args:
+          tokens: [B, N, D] what `__call__` takes.
+          rope: tables of `rope_2d`, or None.
+          reduce: applied to the [B, N, N] of one head after the other, so that no more than that exists at a time; the
+            leaves of what it gives are then returned, with the heads as a new first axis.
+        """
+        q, k, _ = (jnp.swapaxes(x, 1, 2) for x in _turned(self.qkv(tokens), self.heads, rope))
+        if reduce is None:
+            return jax.nn.softmax(_logits(q, k))
+
+        def one(head: tuple[Array, Array]) -> Any:
+            return reduce(jax.nn.softmax(_logits(head[0][:, None], head[1][:, None]))[:, 0])
+
+        return lax.map(one, (jnp.swapaxes(q, 0, 1), jnp.swapaxes(k, 0, 1)))
+
     def _project(self, x: Array, part: slice) -> Array:
         """[B, N, D] → [parts, B, N, K, H] by some of q, k and v."""
         kernel, bias = self.qkv.whole()
@@ -269,15 +296,19 @@ def self_attend(
         )
         axes = "batch", None, "heads"
         return sharding.per_device(run, axes, axes)(qkv)
-    parts = qkv.reshape(*qkv.shape[:2], heads, 3, head_dim)
-    q, k, v = (parts[:, :, :, part] for part in range(3))
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = _turned(qkv, heads, rope)
     if kernel == "cudnn":
         out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     else:
         out = attend(q, k, v, causal=causal)
     return out.reshape(*qkv.shape[:2], -1)
+
+
+def _turned(qkv: Array, heads: int, rope: tuple[np.ndarray, np.ndarray] | None) -> tuple[Array, Array, Array]:
+    """q, k and v, each [B, N, K, H], the first two turned by `rope`."""
+    parts = qkv.reshape(*qkv.shape[:2], heads, 3, -1)
+    q, k, v = (parts[:, :, :, part] for part in range(3))
+    return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
 
 def _kernel_for(qkv: Array, heads: int) -> str:
@@ -300,14 +331,18 @@ def attend(
     exact = precision(q.dtype)
     # Heads before positions: XLA on a CPU multiplies strided heads five times slower than it transposes them.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    logits = jnp.einsum("bkqh,bknh->bkqn", q, k, precision=exact, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
+    logits = _logits(q, k)
     if causal:
         logits = jnp.where(np.tri(q.shape[2], k.shape[2], dtype=bool), logits, -jnp.inf)
     # Divided by the sum after the product with v, [Q, H] numbers instead of [Q, N].
     weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
     out = jnp.einsum("bkqn,bknh->bkqh", weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
     return jnp.swapaxes(out / jnp.sum(weights, -1, keepdims=True), 1, 2).astype(v.dtype)
+
+
+def _logits(q: Float[Array, "B K Q H"], k: Float[Array, "B K N H"]) -> Float[Array, "B K Q N"]:
+    logits = jnp.einsum("bkqh,bknh->bkqn", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
+    return logits * q.shape[-1] ** -0.5
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -453,6 +488,77 @@ def scan_blocks(
     if len(wanted) == 1:
         return kept | {last: x}
     return kept | {layer: buffer[i] for i, layer in enumerate(wanted)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One block at work, as `watch_blocks` shows it.
+
+    Attributes:
+      block: the block.
+      before, after: [B, N, D] the residual stream that enters and leaves it.
+      rope: tables of `rope_2d`, or None.
+    """
+
+    block: Block
+    before: Float[Array, "B N D"]
+    after: Float[Array, "B N D"]
+    rope: tuple[np.ndarray, np.ndarray] | None = None
+
+    def attention(self, reduce: Callable[[Array], Any] | None = None) -> Any:
+        """[B, K, N, N] the block's attention, or what `reduce` makes of it: see `Attention.weights`."""
+        return self.block.attention.weights(self.block.norm1(self.before), rope=self.rope, reduce=reduce)
+
+
+def watch_blocks(
+    blocks: Block,
+    x: Float[Array, "B N D"],
+    look: Callable[[Step], Any],
+    *,
+    layers: Sequence[int],
+    rope: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Any:
+    """Runs stacked blocks as `scan_blocks` does, for inference, and keeps what `look` makes of each of `layers`.
+
+    Nothing else is kept, so that statistics of every layer cost the memory of one; `look` runs at those layers alone.
+
+    Args:
+      blocks: stacked parameters, [Y, ...] each.
+      x: [B, N, D] tokens entering block 1.
+      look: from a block at work to any tree of arrays.
+      layers: which blocks to look at, counted from 1 to Y.
+      rope: tables of `rope_2d`, or None.
+
+    Returns:
+      The tree, each leaf [len(layers), ...] in the order asked for.
+    """
+    graphdef, params = split(blocks)
+    last, wanted = max(layers), sorted(set(layers))
+    slots = np.full(last, -1, np.int32)
+    slots[[layer - 1 for layer in wanted]] = np.arange(len(wanted))
+
+    def seen(block: Block, before: Array, after: Array) -> Any:
+        return look(Step(block, before, after, rope))
+
+    one = jax.eval_shape(
+        lambda params, x: seen(nnx.merge(graphdef, params), x, x), jax.tree.map(lambda p: p[0], params), x
+    )
+
+    def step(carry: tuple[Array, Any], layer: dict[str, Any]) -> tuple[tuple[Array, Any], None]:
+        x, kept = carry
+        block = nnx.merge(graphdef, layer["params"])
+        y = block(x, rope=rope)
+
+        def keep(kept: Any) -> Any:
+            return jax.tree.map(lambda all, own: all.at[layer["slot"]].set(own), kept, seen(block, x, y))
+
+        return (y, lax.cond(layer["slot"] >= 0, keep, lambda kept: kept, kept)), None
+
+    empty = jax.tree.map(lambda leaf: jnp.zeros((len(wanted), *leaf.shape), leaf.dtype), one)
+    per_layer = {"params": jax.tree.map(lambda leaf: leaf[:last], params), "slot": slots}
+    (_, kept), _ = lax.scan(step, (x, empty), per_layer)
+    order = np.array([wanted.index(layer) for layer in layers])
+    return kept if len(layers) == len(wanted) and (np.diff(order) > 0).all() else jax.tree.map(lambda k: k[order], kept)
 
 
 def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:

@@ -5,8 +5,8 @@ One tower serves core, lang and spatial models; the configuration says which par
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from pe_jax.models.layers import (
     MLP,
     Attention,
     Block,
+    Step,
     check_computation,
     layer_norm,
     precision,
@@ -26,6 +27,7 @@ from pe_jax.models.layers import (
     rope_2d,
     scan_blocks,
     stack,
+    watch_blocks,
 )
 from pe_jax.types import split
 
@@ -177,6 +179,57 @@ class VisionTower(nnx.Module):
         first = 1 if self.config.class_token and not class_token else 0
         return {asked: found[layer][:, first:] for asked, layer in zip(layers, resolved, strict=True)}
 
+    def attention(
+        self,
+        images: Float[Array | np.ndarray, "B H W 3"],
+        layers: Sequence[int] = (-1,),
+        reduce: Callable[[Array], Any] | None = None,
+    ) -> dict[int, Any]:
+        """How much each token attends to each other in the asked blocks, {layer: [B, K, N, N]}, in one pass.
+
+        Of K heads, the third axis attends to the fourth; the class token, if the tower has one, is the first of both.
+        Rows sum to 1. In float32 and beside the fast path: the pass itself takes whatever kernel the tower is set to.
+
+        Args:
+          images: [B, H, W, 3] in [-1, 1].
+          layers: blocks counted from 1; negatives count from the end. Python integers.
+          reduce: what to keep instead, from the [B, N, N] of one head to a tree of arrays; these are then stacked over
+            heads, [K, ...]. The whole table has B·K·N² numbers a layer, 64 MB for one image of 1,024 tokens and 16
+            heads; with `reduce`, one head's at a time. A module-level function compiles once.
+
+        Raises:
+          ValueError: for a layer that does not exist, layer 0, which attends to nothing, or images of a wrong shape or
+            type.
+        """
+        stacked = self.watch(images, _attention(reduce), layers)
+        return {layer: jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i, layer in enumerate(layers)}
+
+    def watch(
+        self,
+        images: Float[Array | np.ndarray, "B H W 3"],
+        look: Callable[[Step], Any],
+        layers: Sequence[int] = (-1,),
+    ) -> Any:
+        """What `look` makes of the asked blocks at work, in one pass that keeps nothing else.
+
+        Args:
+          images: [B, H, W, 3] in [-1, 1].
+          look: from a `layers.Step` to a tree of arrays; a module-level function compiles once.
+          layers: blocks counted from 1; negatives count from the end. Python integers.
+
+        Returns:
+          The tree, each leaf [len(layers), ...] in the order asked for.
+
+        Raises:
+          ValueError: as `attention`.
+        """
+        resolved = resolve_layers(layers, self.config.depth)
+        if 0 in resolved:
+            raise ValueError(
+                f"layer 0 is the patch embedding, where nothing attends; ask for blocks 1 to {self.config.depth}."
+            )
+        return self._watched(images, look, resolved)
+
     @jax.jit
     def __call__(self, images: Float[Array, "B H W 3"], key: jax.Array | None = None) -> Float[Array, "B *E"]:
         """[B, E] pooled and projected embeddings, not normalised; [B, N, D] last tokens where `pool` is "none"."""
@@ -243,6 +296,19 @@ class VisionTower(nnx.Module):
         masked: Array | None = None,
         mask_token: Array | None = None,
     ) -> dict[int, Array]:
+        x, rope = self._entering(images, masked, mask_token)
+        return scan_blocks(self.blocks, x, layers=layers, remat=self.config.remat, rope=rope, key=key)
+
+    @functools.partial(jax.jit, static_argnames=("look", "layers"))
+    @jax.named_scope("vision")
+    def _watched(self, images: Array, look: Callable[[Step], Any], layers: tuple[int, ...]) -> Any:
+        x, rope = self._entering(images)
+        return watch_blocks(self.blocks, x, look, layers=layers, rope=rope)
+
+    def _entering(
+        self, images: Array, masked: Array | None = None, mask_token: Array | None = None
+    ) -> tuple[Array, tuple[np.ndarray, np.ndarray] | None]:
+        """The tokens entering block 1, and the rotary tables of their grid."""
         c = self.config
         _check_images(images, c.patch_size)
         x = self.patch(images)
@@ -254,8 +320,7 @@ class VisionTower(nnx.Module):
             token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (batch, 1, width))
             x = jnp.concatenate([token, x], axis=1)
         x = self.norm_pre(x + self._positions(rows, columns).astype(x.dtype))
-        rope = rope_2d(rows, columns, width // c.heads, class_token=c.class_token) if c.rope else None
-        return scan_blocks(self.blocks, x, layers=layers, remat=c.remat, rope=rope, key=key)
+        return x, rope_2d(rows, columns, width // c.heads, class_token=c.class_token) if c.rope else None
 
     def _positions(self, rows: int, columns: int) -> Float[Array, "N D"]:
         """The stored position embedding, its grid part resized to rows x columns (bilinear, not antialiased)."""
@@ -265,6 +330,12 @@ class VisionTower(nnx.Module):
         grid = table[first:].reshape(side, side, -1)
         grid = jax.image.resize(grid, (rows, columns, grid.shape[-1]), "bilinear", antialias=False)
         return jnp.concatenate([table[:first], grid.reshape(rows * columns, -1)])
+
+
+@functools.cache
+def _attention(reduce: Callable[[Array], Any] | None) -> Callable[[Step], Any]:
+    """One function for each `reduce`, so that asking again does not compile again."""
+    return lambda step: step.attention(reduce)
 
 
 def _check_images(images: Array, patch: int) -> None:
