@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from pe_jax.data.image import Preprocess
 from pe_jax.data.text import Tokenizer
 from pe_jax.models.clip import CLIP
 from pe_jax.models.vision import VisionTower
+from pe_jax.types import split
 
 Model = CLIP | VisionTower
 THREADS = 8  # Pillow decodes outside the interpreter lock
@@ -60,6 +62,35 @@ def mesh_of(model: Model) -> Mesh | None:
     """The mesh that the parameters lie on; None where they are on one device without one."""
     placed = jax.tree.leaves(model)[0].sharding
     return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
+
+
+def fingerprint(model: Model) -> str:
+    """16 hex digits that tell weights apart: of every parameter's name, shape, dtype and bits.
+
+    Equal on any mesh and any number of processes, for it adds up integers; no parameter leaves its device.
+    """
+    digest = hashlib.sha256()
+    _, params = split(model)
+    for name, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        digest.update(f"{jax.tree_util.keystr(name)} {leaf.shape} {leaf.dtype} {np.asarray(_checksum(leaf))}".encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """Two sums, modulo 2^32, of the elements' bits mixed with their places."""
+    bits = array if array.dtype == bool else jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+    bits = bits.astype(jnp.uint32)
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    sums = []
+    for start in (0x9E3779B9, 0x85EBCA6B):
+        mixed = bits ^ (place * jnp.uint32(start) + jnp.uint32(start >> 7))
+        for multiplier, shift in ((0x7FEB352D, 15), (0x846CA68B, 16)):  # Wellons' 32-bit mixer
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(multiplier)
+        sums.append(jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32))
+    return jnp.stack(sums)
 
 
 def batches(
