@@ -1,5 +1,6 @@
 """A bucket in place of a local folder, tried on one that this machine serves: gcsfs, Orbax and ArrayRecord are real."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,13 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from pe_jax import checkpoint, evaluate, hub, metrics, paths, profiling
 from pe_jax.data import sources
 from pe_jax.data.image import BadImage, read_bytes
+from pe_jax.evals import features
+from pe_jax.models import zoo
+from pe_jax.types import split
 from tests import fake_gcs
 
 pytestmark = fake_gcs.needs_gcsfs
+
+
+@functools.cache
+def tower():
+    arch = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 1, "heads": 1, "mlp_width": 20}
+    arch |= {"class_token": False, "pool": "none", "norm_post": False, "output_width": None}
+    params = jax.jit(lambda: split(zoo.build(arch, nnx.Rngs(1)))[1])()
+    return nnx.merge(split(zoo.abstract(arch))[0], params)
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +211,16 @@ def test_a_weights_file_is_fetched_once_and_a_directory_left_there(server, folde
             hub.resolve(url, offline=True)
     with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist, though its bucket does"):
         hub.resolve(f"{folder}/none.pt")
+
+
+@pytest.mark.parametrize("format", features.FORMATS)
+def test_features_are_written_to_a_bucket_and_read_from_it(folder, format):
+    data = {"name": "synthetic", "records": 3, "size": 8}
+    asked = {"what": "tokens", "format": format, "shards": 2}
+    assert features.Extraction(tower(), data, folder, **asked).run()["rows"] == 3
+    assert features.Extraction(tower(), data, folder, **asked).pending == []
+    found = features.open(folder)
+    assert found.array().shape == (3, 4, 12) and len(found.captions()) == 3
+    paths.path(f"{folder}/features-00001-of-00002.{format}").unlink()
+    with pytest.raises(ValueError, match="1 of 2 shards are missing"):
+        features.open(folder)

@@ -12,11 +12,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="use only weights that are already on this machine")
 
 
-def load_model(args: argparse.Namespace, mesh_shape: Any = None) -> Any:
-    """The model that `add_model_arguments` asked for, over all devices where there are several."""
+def load_model(args: argparse.Namespace, mesh_shape: Any = None, devices: Any = None) -> Any:
+    """The model that `add_model_arguments` asked for, over `devices`, by default all, where there are several."""
     import jax
 
     import pe_jax
 
-    mesh = pe_jax.make_mesh(mesh_shape) if len(jax.devices()) > 1 else None
+    mesh = pe_jax.make_mesh(mesh_shape, devices) if len(devices or jax.devices()) > 1 else None
     return pe_jax.load(args.model, args.weights, offline=args.offline, dtype=args.dtype, mesh=mesh)
