@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pe_jax.types import Batch, HostBatch, Params
@@ -26,6 +27,7 @@ from pe_jax.types import Batch, HostBatch, Params
 AXES = ("dcn", "data", "fsdp", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("dcn", "data", "fsdp"),
+    "outer_batch": ("dcn", "data"),  # examples where fsdp cuts another axis of the same array
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
@@ -60,9 +62,16 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Any = None) -> Me
             "make the sizes multiply to that number, or give one axis -1."
         )
     inner = tuple(sizes[axis] for axis in AXES[1:])
-    auto = (AxisType.Auto,) * len(AXES)
-    slices = [jax.make_mesh(inner, AXES[1:], auto[1:], devices=part).devices for part in _slices(devices, sizes["dcn"])]
-    return Mesh(np.stack(slices), AXES, axis_types=auto)
+    slices = [_laid(inner, part) for part in _slices(devices, sizes["dcn"])]
+    return Mesh(np.stack(slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """The devices of one slice in this shape, each axis along whole sides of its torus where that can be."""
+    try:
+        return jax.make_mesh(shape, AXES[1:], (AxisType.Auto,) * len(shape), devices=devices).devices
+    except NotImplementedError:  # no sides multiply to an axis, as for 16 ways on 8 x 8 chips
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def heads_mesh(mesh: Mesh, layers: int, rates: int) -> tuple[Mesh, PartitionSpec, PartitionSpec, PartitionSpec]:

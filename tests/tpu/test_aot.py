@@ -4,8 +4,10 @@ import importlib.util
 import json
 
 import jax
+import numpy as np
 import pytest
 
+from pe_jax import sharding
 from tpu import aot, page
 
 needs_libtpu = pytest.mark.skipif(
@@ -94,6 +96,16 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_here(tmp_path, capsys):
     assert aot.main(args) == 0  # an unchanged program is read back, not compiled
     assert {**json.loads((tmp_path / "a.json").read_text()), "compile_seconds": 0} == {**figures, "compile_seconds": 0}
     assert [*(tmp_path / "cache" / "aot").iterdir()] == [kept] and kept.stat().st_mtime_ns == written
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:8x8", "v6e:8x8", "v5p:4x4x4"])
+def test_an_axis_that_no_sides_of_the_torus_multiply_to_is_laid_over_neighbours(topology):
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 16}, aot.devices_of(topology))
+    assert mesh.devices.shape == (1, 4, 16, 1) and len({device.id for device in mesh.devices.flat}) == 64
+    for group in mesh.devices[0, :, :, 0]:  # a block of the torus, not chips from all over it
+        sides = np.ptp([device.coords for device in group], axis=0) + 1
+        assert np.prod(sides) == 16
 
 
 @needs_libtpu
