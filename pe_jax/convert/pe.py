@@ -283,7 +283,7 @@ def from_params(params: Params, config: zoo.Architecture, layout: str) -> dict[s
     """
     place = _write_place(config, layout)
     given, want = _flat(params), _leaves(config)
-    report = _Report()
+    report = Report()
     for path, leaf in want.items():
         if path not in given:
             report.missing(".".join(path), leaf.shape, map(".".join, given.keys() - want.keys()))
@@ -463,7 +463,7 @@ def _text_pattern(prefix: str) -> re.Pattern:
 
 def _account(named: Mapping[str, np.ndarray], slots: list[_Slot], config: zoo.Architecture, place: _Place) -> None:
     """Raises one error about all that is wrong with the keys, shapes and types."""
-    expected, report, grid = _expected(slots), _Report(), _vision(config).grid
+    expected, report, grid = _expected(slots), Report(), _vision(config).grid
     positions = [slot.names[0] for slot in slots if slot.path[-1] == "position" and "text" not in slot.path]
     spare = [name for name in named if name not in expected]
     for name, shape in expected.items():
@@ -489,7 +489,7 @@ def _account(named: Mapping[str, np.ndarray], slots: list[_Slot], config: zoo.Ar
     report.check(f"The tensors do not fit the architecture (read as layout {place.layout})")
 
 
-class _Report:
+class Report:
     """Collects what does not fit, and raises it as one error."""
 
     def __init__(self) -> None:

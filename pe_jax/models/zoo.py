@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from pe_jax.models.clip import CLIP, CLIPConfig
+from pe_jax.models.decoder import DecoderConfig, RopeScaling
 from pe_jax.models.text import TextConfig
 from pe_jax.models.vision import VisionConfig, VisionTower
 
@@ -65,6 +66,30 @@ _RELEASED: dict[str, Architecture] = {
 NAMES: tuple[str, ...] = tuple(_RELEASED)
 
 
+def _llama(width: int, depth: int, heads: int, mlp_width: int, factor: float, tied: bool) -> DecoderConfig:
+    return DecoderConfig(
+        128_256, width, depth, heads, 8, width // heads, mlp_width, 131_072, 5e5, RopeScaling(factor), tied=tied
+    )
+
+
+def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp_width: int, vocab_size: int) -> DecoderConfig:
+    sizes = (vocab_size, width, depth, heads, kv_heads, width // heads, mlp_width)
+    return DecoderConfig(*sizes, 32_768, 1e6, norm_epsilon=1e-6, qkv_bias=True, tied=width < 3000)
+
+
+# The language models that towers are aligned with (PE §5), as their own releases have them.
+_DECODERS: dict[str, DecoderConfig] = {
+    "Llama-3.2-1B": _llama(2048, 16, 32, 8192, 32.0, True),
+    "Llama-3.2-3B": _llama(3072, 28, 24, 8192, 32.0, True),
+    "Llama-3.1-8B": _llama(4096, 32, 32, 14336, 8.0, False),
+    "Qwen2.5-0.5B": _qwen(896, 24, 14, 2, 4864, 151_936),
+    "Qwen2.5-1.5B": _qwen(1536, 28, 12, 2, 8960, 151_936),
+    "Qwen2.5-3B": _qwen(2048, 36, 16, 2, 11008, 151_936),
+    "Qwen2.5-7B": _qwen(3584, 28, 28, 4, 18944, 152_064),
+}
+DECODERS: tuple[str, ...] = tuple(_DECODERS)
+
+
 def architecture(spec: str | Mapping[str, Any] | Architecture) -> Architecture:
     """The configuration that `spec` stands for.
 
@@ -95,6 +120,33 @@ def architecture(spec: str | Mapping[str, Any] | Architecture) -> Architecture:
         parts = _known(CLIPConfig, fields)
         return CLIPConfig(*(_build(kind, parts.get(part, {})) for part, kind in _PARTS.items()))
     return _build(VisionConfig, fields)
+
+
+def decoder(spec: str | Mapping[str, Any] | DecoderConfig) -> DecoderConfig:
+    """The language model's configuration that `spec` stands for.
+
+    Args:
+      spec: one of `DECODERS`, with or without "-Instruct"; a configuration; or a mapping: `{"base": NAME, ...}` changes
+        fields of one, and a full mapping as `dataclasses.asdict` writes it stands for itself.
+
+    Raises:
+      ValueError: for an unknown name or field, naming its nearest neighbours.
+    """
+    if isinstance(spec, DecoderConfig):
+        return spec
+    if isinstance(spec, str):
+        name = spec.removesuffix("-Instruct")
+        if name not in _DECODERS:
+            near = difflib.get_close_matches(name, DECODERS, 3, 0.3)
+            raise ValueError(f"{spec!r} is no known decoder; did you mean {' or '.join(near or DECODERS)}?")
+        return _DECODERS[name]
+    fields = dict(spec)
+    if isinstance(scaling := fields.get("rope_scaling"), Mapping):
+        fields["rope_scaling"] = _build(RopeScaling, scaling)
+    if "base" in fields:
+        base = decoder(fields.pop("base"))
+        return dataclasses.replace(base, **_known(DecoderConfig, fields))
+    return _build(DecoderConfig, fields)
 
 
 _PARTS: dict[str, Any] = {"vision": VisionConfig, "text": TextConfig}
