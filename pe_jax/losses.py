@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from pe_jax import sharding
 from pe_jax.sharding import batch_axes, constrain
 from pe_jax.types import Metrics
 
@@ -128,8 +129,175 @@ def _local_info_nce(image: Array, text: Array, log_scale: Array, *, axes: tuple[
     return (rows + columns / 2) / len(texts), right / len(texts)
 
 
+def _names(part: Any) -> tuple[str, ...]:
+    """The mesh axes of one part of a partition."""
+    return part if isinstance(part, tuple) else (part,) if part else ()
+
+
 def _over(reduce: Any, x: Array, axes: tuple[str, ...]) -> Array:
     return reduce(x, axes) if axes else x
+
+
+def next_token(
+    hidden: Float[Array, "B L D"],
+    table: Float[Array, "V _"],
+    targets: Int[Array, "_ _"],
+    weights: Float[Array, "_ _"],
+    *,
+    chunk: int = 1024,
+    gradient_dtype: Any = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Cross-entropy of the token after each, over a vocabulary too large for the logits of all tokens.
+
+    Each device scores `chunk` of its own tokens at a time against the vocabulary, or its part of it where the mesh
+    cuts that, so that it holds [chunk, V] logits, whatever B and L are. The gradients are found in the same pass, so
+    that nothing is computed twice; where only some are asked for, only those are.
+
+    Args:
+      hidden: [B, L, D] last hidden states, normalised; multiplied in their dtype, summed in float32.
+      table: [V, D] the output layer, or the embedding where it is tied; float32, cut as `param_shardings` says.
+      targets: [B, L] the token that follows each, an id below V wherever its weight is not 0.
+      weights: [B, L] of each token in the loss; 0 masks it, in the gradient too.
+      chunk: tokens of a device at a time; it need not divide them.
+      gradient_dtype: in which the table's gradient is summed over devices; None is the dtype of `hidden`.
+
+    Returns:
+      The mean loss [] in nats a token, weighted: that of several batches is the mean weighted by their `tokens`. And
+      its metrics: `tokens`, the sum of the weights; `accuracy`, the weighted share of likeliest tokens that are the
+      targets. Where all weights are 0 the loss and its gradients are 0.
+
+    Raises:
+      ValueError: if the shapes do not agree, or `chunk` is not positive.
+
+    Source: PE §5 and PLM §A.1 (float32, answers alone); the paper does not say how its logits are held.
+    """
+    if not hidden.shape[:2] == targets.shape == weights.shape or hidden.shape[2] != table.shape[1]:
+        raise ValueError(
+            f"hidden {hidden.shape}, targets {targets.shape}, weights {weights.shape} and table {table.shape} must be "
+            "[B, L, D], [B, L], [B, L] and [V, D]."
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1; it is how many tokens are scored at a time.")
+    weights = weights.astype(jnp.float32)
+    total = jnp.sum(weights)
+    # Scaled before the pass, so that the gradients it finds are those of the mean.
+    scaled = weights / jnp.where(total > 0, total, 1)
+    scores: Any = _next_token(hidden, table, targets, scaled, chunk, jnp.dtype(gradient_dtype or hidden.dtype))
+    return scores[0], {"tokens": total, "accuracy": scores[1]}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _next_token(
+    hidden: Array, table: Array, targets: Array, weights: Array, chunk: int, gradient_dtype: Any
+) -> tuple[Array, Array]:
+    return _score(hidden, table, targets, weights, chunk, gradient_dtype, (False, False))[0]
+
+
+def _next_token_forward(hidden: Any, table: Any, targets: Any, weights: Any, chunk: int, gradient_dtype: Any) -> Any:
+    wanted = hidden.perturbed, table.perturbed
+    return _score(hidden.value, table.value, targets.value, weights.value, chunk, gradient_dtype, wanted)
+
+
+def _next_token_backward(chunk: int, gradient_dtype: Any, kept: tuple[Any, Any], by_outputs: Any) -> Any:
+    by_loss = by_outputs[0]
+    if isinstance(by_loss, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    return *(None if g is None else (by_loss * g).astype(g.dtype) for g in kept), None, None
+
+
+_next_token.defvjp(_next_token_forward, _next_token_backward, symbolic_zeros=True)
+
+
+def _score(
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int,
+    gradient_dtype: Any,
+    wanted: tuple[bool, bool],
+) -> tuple[tuple[Array, Array], tuple[Array | None, Array | None]]:
+    """Loss and accuracy; and the gradients of the loss by `hidden` and `table`, where wanted."""
+    whole = sharding.gathered(table, "vocab", "embed", dtype=hidden.dtype)
+    local = functools.partial(_local_next_token, chunk=chunk, gradient_dtype=gradient_dtype, wanted=wanted)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        sums, (by_hidden, by_table) = local(hidden, whole, targets, weights)
+    else:
+        rows, parts = sharding.spec(mesh, "batch"), sharding.spec(mesh, "vocab")
+        cut = sharding.spec(mesh, "vocab", "embed")
+        sums, (by_hidden, by_table) = jax.shard_map(
+            functools.partial(local, axes=batch_axes(), vocabulary=_names(cut[0]), scattered=_names(cut[1])),
+            in_specs=(rows, parts, rows, rows),
+            out_specs=((PartitionSpec(), PartitionSpec()), (rows if wanted[0] else None, cut if wanted[1] else None)),
+            check_vma=False,
+        )(hidden, whole, targets, weights)
+    return sums, (by_hidden, None if by_table is None else by_table.astype(table.dtype))
+
+
+def _local_next_token(
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    chunk: int,
+    gradient_dtype: Any,
+    wanted: tuple[bool, bool],
+    axes: tuple[str, ...] = (),
+    vocabulary: tuple[str, ...] = (),
+    scattered: tuple[str, ...] = (),
+) -> Any:
+    """One device's part: its own rows, and its part of the vocabulary. Without axes it is the only device.
+
+    Args:
+      axes: over which examples are cut.
+      vocabulary: over which the vocabulary is.
+      scattered: of `axes`, that over which the gradient by the table is cut along the width.
+    """
+    size, width = table.shape
+    first = lax.axis_index(vocabulary) * size if vocabulary else 0
+    precision = lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    chunk = min(chunk, tokens)
+
+    def cut(x: Array, *rest: int) -> Array:
+        x = x.reshape(tokens, *rest)
+        return jnp.pad(x, [(0, -tokens % chunk)] + [(0, 0)] * len(rest)).reshape(-1, chunk, *rest)
+
+    def step(carry: tuple[Array, Array, Any], part: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        loss, right, by_table = carry
+        x, target, weight = part
+        logits = dot(x, table, (((1,), (1,)), ((), ())))  # [chunk, V]
+        top = _over(lax.pmax, jnp.max(logits, 1), vocabulary)
+        exponentials = jnp.exp(logits - top[:, None])
+        sums = _over(lax.psum, jnp.sum(exponentials, 1), vocabulary)
+        is_target = target[:, None] == first + jnp.arange(size)
+        matched = _over(lax.psum, jnp.sum(jnp.where(is_target, logits, 0), 1), vocabulary)
+        loss += jnp.sum(jnp.where(weight != 0, weight * (top + jnp.log(sums) - matched), 0))
+        right += jnp.sum(jnp.where(matched >= top, weight, 0))
+        by_x = None
+        if any(wanted):
+            by_logits = (weight / sums)[:, None] * exponentials - jnp.where(is_target, weight[:, None], 0)
+            by_logits = by_logits.astype(table.dtype)
+            if wanted[0]:
+                by_x = _over(lax.psum, dot(by_logits, table, (((1,), (0,)), ((), ()))), vocabulary).astype(x.dtype)
+            if wanted[1]:
+                by_table += dot(by_logits, x, (((0,), (0,)), ((), ())))
+        return (loss, right, by_table), by_x
+
+    zero = jnp.zeros((), jnp.float32)
+    start = zero, zero, jnp.zeros((size, width), jnp.float32) if wanted[1] else None
+    (loss, right, by_table), by_hidden = lax.scan(step, start, (cut(hidden, width), cut(targets), cut(weights)))
+    if by_hidden is not None:
+        by_hidden = by_hidden.reshape(-1, width)[:tokens].reshape(hidden.shape)
+    if by_table is not None:
+        by_table = by_table.astype(gradient_dtype)
+        if scattered:
+            by_table = lax.psum_scatter(by_table, scattered, scatter_dimension=1, tiled=True)
+        by_table = _over(lax.psum, by_table, tuple(axis for axis in axes if axis not in scattered))
+    return (_over(lax.psum, loss, axes), _over(lax.psum, right, axes)), (by_hidden, by_table)
 
 
 def _check_pairs(image: Array, text: Array) -> None:

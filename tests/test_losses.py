@@ -1,5 +1,7 @@
 """The contrastive losses: their formula, and the chunked form equal to the plain one, value and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +103,112 @@ def test_pairs_of_other_shapes_are_refused(loss):
 def test_a_chunk_of_nothing_is_refused():
     with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
         losses.info_nce_chunked(jnp.ones((4, 3)), jnp.ones((4, 3)), jnp.asarray(1.0), chunk=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- next token
+
+
+def sentences(rows=8, length=5, vocab=24, width=12, dtype=jnp.float32):
+    rng = np.random.default_rng(5)
+    hidden = jnp.asarray(rng.standard_normal((rows, length, width)), dtype)
+    table = jnp.asarray(rng.standard_normal((vocab, width)), jnp.float32)
+    targets = rng.integers(0, vocab, (rows, length), dtype=np.int32)
+    weights = rng.uniform(0.5, 2, (rows, length)).astype(np.float32) * (rng.random((rows, length)) < 0.6)
+    targets[weights == 0] = -100  # no id at all where nothing is asked
+    return hidden, table, jnp.asarray(targets), jnp.asarray(weights)
+
+
+def plain_next_token(hidden, table, targets, weights):
+    logits = jnp.einsum("bld,vd->blv", hidden.astype(jnp.float32), table)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    right = jnp.argmax(logits, -1) == targets
+    return -jnp.sum(weights * picked) / weights.sum(), {
+        "tokens": weights.sum(),
+        "accuracy": jnp.sum(weights * right) / weights.sum(),
+    }
+
+
+def next_token_results(loss, hidden, table, targets, weights, by=(0, 1)):
+    def scaled(hidden, table):
+        value, metrics = loss(hidden, table, targets, weights)
+        return 3 * value, metrics  # a gradient comes in that is not 1
+
+    (value, metrics), grads = jax.jit(jax.value_and_grad(scaled, by, has_aux=True))(hidden, table)
+    return {"loss": value, **metrics, **{f"by {i}": g for i, g in zip(by, grads, strict=True)}}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 64])
+def test_the_chunked_next_token_loss_is_the_plain_one(chunk):
+    want = next_token_results(plain_next_token, *sentences())
+    assert 0 < want["accuracy"] < 1
+    same(next_token_results(functools.partial(losses.next_token, chunk=chunk), *sentences()), want)
+
+
+@pytest.mark.parametrize("by", [(0,), (1,)], ids=["hidden", "table"])
+def test_the_next_token_loss_has_the_same_gradient_where_the_other_is_frozen(by):
+    same(
+        next_token_results(losses.next_token, *sentences(), by=by),
+        next_token_results(plain_next_token, *sentences(), by=by),
+    )
+
+
+@pytest.mark.parametrize(
+    "shape", [{"data": 8}, {"fsdp": 2, "tensor": 4}, {"dcn": 2, "fsdp": 2, "tensor": 2}], ids=lambda s: "-".join(s)
+)
+def test_the_next_token_loss_on_a_mesh_is_the_plain_one(shape):
+    want = next_token_results(plain_next_token, *sentences())
+    mesh = sharding.make_mesh(shape)
+    with jax.set_mesh(mesh):
+        hidden, table, *rest = sentences()
+        cut = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in (hidden, *rest)]
+        table = jax.device_put(table, jax.NamedSharding(mesh, sharding.spec(mesh, "vocab", "embed")))
+        got = next_token_results(functools.partial(losses.next_token, chunk=3), cut[0], table, *cut[1:])
+        assert got["by 1"].sharding.is_equivalent_to(table.sharding, 2)
+    same(got, want)
+
+
+def test_the_mean_of_micro_batches_weighted_by_tokens_is_that_of_the_whole():
+    whole, metrics = losses.next_token(*sentences())
+    hidden, table, *rest = sentences()
+    halves = [losses.next_token(hidden[i : i + 4], table, *(x[i : i + 4] for x in rest)) for i in (0, 4)]
+    counts = [more["tokens"] for _, more in halves]
+    assert counts[0] != counts[1]
+    mean = sum(value * count for (value, _), count in zip(halves, counts, strict=True)) / sum(counts)
+    np.testing.assert_allclose(mean, whole, rtol=1e-6)
+    np.testing.assert_allclose(sum(counts), metrics["tokens"], rtol=1e-6)
+
+
+def test_the_next_token_loss_of_no_token_is_zero_and_so_are_its_gradients():
+    hidden, table, targets, weights = sentences()
+    got = next_token_results(losses.next_token, hidden, table, targets, 0 * weights)
+    assert all(not np.any(value) for value in got.values()), got
+
+
+def test_the_next_token_loss_in_bfloat16_sums_in_float32():
+    inputs = sentences(rows=16, length=32, dtype=jnp.bfloat16)
+    got = next_token_results(functools.partial(losses.next_token, chunk=8, gradient_dtype="float32"), *inputs)
+    want = next_token_results(plain_next_token, *inputs)
+    assert got["by 0"].dtype == jnp.bfloat16 and got["by 1"].dtype == jnp.float32
+    same(got, want, rtol=1e-2)
+
+
+def test_the_memory_of_the_next_token_loss_does_not_grow_with_the_tokens():
+    def temporary(length):
+        shapes = ((4, length, 8), (4096, 8), (4, length), (4, length))
+        dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
+        inputs = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
+        grad = jax.grad(lambda *x: losses.next_token(*x, chunk=16)[0], (0, 1))
+        return jax.jit(grad).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 512 * 4096 * 4
+    assert temporary(512) < logits / 8
+    assert temporary(512) - temporary(64) < logits / 32
+
+
+@pytest.mark.parametrize(("position", "chunk", "message"), [(0, 1, "must be"), (2, 1, "must be"), (None, 0, "chunk=0")])
+def test_what_the_next_token_loss_cannot_score_is_refused(position, chunk, message):
+    inputs = list(sentences())
+    if position is not None:
+        inputs[position] = inputs[position][:, 1:]
+    with pytest.raises(ValueError, match=message):
+        losses.next_token(*inputs, chunk=chunk)
