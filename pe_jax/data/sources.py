@@ -750,8 +750,8 @@ def _plain(value: Any) -> Any:
             return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
+    if isinstance(value, np.ndarray | list):
+        return [_plain(v) for v in (value if isinstance(value, list) else value.tolist())]
     if isinstance(value, Mapping):
         return {name: _plain(v) for name, v in value.items()}
     return value
