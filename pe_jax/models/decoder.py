@@ -390,8 +390,8 @@ class Decoder(nnx.Module):
     def hidden(
         self,
         inputs: Int[Array | np.ndarray, "B L"] | Float[Array | np.ndarray, "B L D"],
-        segments: Int[Array | np.ndarray, "B L"] | None = None,
-        positions: Int[Array | np.ndarray, "B L"] | None = None,
+        segments: Int[Array | np.ndarray, "_ _"] | None = None,
+        positions: Int[Array | np.ndarray, "_ _"] | None = None,
     ) -> Float[Array, "B L D"]:
         """The last hidden states, normalised: what `logits` scores, or `losses.next_token` a chunk at a time.
 
@@ -413,8 +413,8 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         inputs: Int[Array | np.ndarray, "B L"] | Float[Array | np.ndarray, "B L D"],
-        segments: Int[Array | np.ndarray, "B L"] | None = None,
-        positions: Int[Array | np.ndarray, "B L"] | None = None,
+        segments: Int[Array | np.ndarray, "_ _"] | None = None,
+        positions: Int[Array | np.ndarray, "_ _"] | None = None,
     ) -> Float[Array, "B L V"]:
         """[B, L, V] float32 logits of the token after each; arguments as of `hidden`. Large: V is some 100,000."""
         return self.logits(self.hidden(inputs, segments, positions))
