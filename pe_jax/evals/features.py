@@ -68,6 +68,7 @@ def forward(
 
     def run(model: inference.Model, pixels: jax.Array) -> dict[str, jax.Array]:
         images = inference.normalized(pixels, preprocess)
+        found: dict[str, Any]
         if what == "embedding":
             found = {"embedding": model.encode_image(images) if isinstance(model, CLIP) else model(images)}
         else:
@@ -233,13 +234,21 @@ class Extraction:
             return pixels
 
         rows = np.concatenate([self._rows(shard) for shard in self.pending]).tolist()
-        todo, done = list(self.pending), 0
+        todo, done, bad = list(self.pending), 0, len(self.bad)
         buffer, filled = self._buffer(todo[0]), 0
         writing: concurrent.futures.Future[None] | None = None
         with concurrent.futures.ThreadPoolExecutor(1) as writer:
             for out, count in _one_behind(
                 inference.batches(self._model, self._forward, rows, load, min(self._batch_size, len(rows)))
             ):
+                # Of this batch, not of those read ahead, and before it is written: what is mended later gets its row.
+                wrong = [row for row in rows[done : done + count] if row in self.bad]
+                bad += len(wrong)
+                if wrong and bad > self._max_bad:
+                    raise ValueError(
+                        f"{bad} images cannot be used and max_bad is {self._max_bad}: {self.bad[wrong[-1]]} Mend or "
+                        "remove them, or raise max_bad."
+                    )
                 batch = {name: np.asarray(values)[:count] for name, values in out.items()}
                 taken = 0
                 while taken < count:
@@ -257,11 +266,6 @@ class Extraction:
                     if todo:
                         buffer, filled = self._buffer(todo[0]), 0
                 done += count
-                if len(self.bad) > self._max_bad:
-                    raise ValueError(
-                        f"{len(self.bad)} images cannot be used and max_bad is {self._max_bad}: "
-                        f"{list(self.bad.values())[-1]} Mend or remove them, or raise max_bad."
-                    )
                 progress(done)
             if writing is not None:
                 writing.result()

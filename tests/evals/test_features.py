@@ -128,6 +128,7 @@ def test_an_image_that_cannot_be_read_stops_the_run_and_what_was_finished_is_kep
     data, out = {"name": "folder", "path": str(photos)}, tmp_path / "out"
     with pytest.raises(ValueError, match=rf"1 images cannot be used and max_bad is 0: .*{broken.name}.* raise max_bad"):
         extraction(model, data, out).run()
+    assert [path.name for path in out.glob("*.safetensors")] == ["features-00000-of-00003.safetensors"]
     finished = out / "features-00000-of-00003.safetensors"
     before = finished.stat().st_mtime_ns
     (out / "features-00001-of-00003.safetensors.0a1b2c3d.partial").write_bytes(b"of a run that was killed")
