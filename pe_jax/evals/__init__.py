@@ -12,7 +12,7 @@ from pe_jax.evals.probes import KNN
 from pe_jax.evals.retrieval import Retrieval
 from pe_jax.evals.zero_shot import ZeroShot
 
-__all__ = ["KNN", "Evaluator", "Retrieval", "ZeroShot", "create"]
+__all__ = ["KNN", "Evaluator", "Retrieval", "ZeroShot", "check", "create", "fields"]
 
 _EVALUATORS: dict[str, type[Any]] = {"zero_shot": ZeroShot, "knn": KNN, "retrieval": Retrieval}
 _OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's business
@@ -25,23 +25,39 @@ class Evaluator(Protocol):
     def __call__(self, model: Model) -> dict[str, float]: ...
 
 
+def fields(name: str) -> tuple[str, ...]:
+    """The fields that an evaluator's config may have, besides `name`.
+
+    Raises:
+      ValueError: for an unknown evaluator, naming its nearest neighbour.
+    """
+    if name not in _EVALUATORS:
+        near = difflib.get_close_matches(name, _EVALUATORS, 1, 0.3)
+        raise ValueError(f"evaluator name={name!r} is unknown; did you mean {' or '.join(near or _EVALUATORS)}?")
+    return tuple(field.name for field in dataclasses.fields(_EVALUATORS[name]))
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises a ValueError for an unknown evaluator or field, naming its nearest neighbour; one may lack."""
+    name = str(config.get("name"))
+    known = fields(name)
+    for field in config:
+        if field not in known and field not in _OF_THE_LOOP:
+            near = difflib.get_close_matches(field, known, 1, 0.3)
+            raise ValueError(f"evaluator {name!r} has no field {field!r}; did you mean {' or '.join(near or known)}?")
+
+
 def create(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Evaluator:
     """The evaluator that `{"name": "zero_shot", "data": ..., ...}` asks for; `every_steps` is allowed and not read.
 
     Raises:
       ValueError: for an unknown evaluator or field, naming its nearest neighbour, or a wrong value.
     """
-    fields = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-    name = fields.get("name")
-    if name not in _EVALUATORS:
-        near = difflib.get_close_matches(str(name), _EVALUATORS, 1, 0.3)
-        raise ValueError(f"evaluator name={name!r} is unknown; did you mean {' or '.join(near or _EVALUATORS)}?")
-    known = {field.name: field for field in dataclasses.fields(_EVALUATORS[name])}
-    for field in fields:
-        if field not in known and field not in _OF_THE_LOOP:
-            near = difflib.get_close_matches(field, known, 1, 0.3)
-            raise ValueError(f"evaluator {name!r} has no field {field!r}; did you mean {' or '.join(near or known)}?")
-    for field, description in known.items():
-        if description.default is dataclasses.MISSING and field not in fields:
-            raise ValueError(f"evaluator {name!r} lacks {field!r}; add it to its config.")
-    return _EVALUATORS[name](**{field: value for field, value in fields.items() if field not in _OF_THE_LOOP})
+    given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    check(given)
+    evaluator = _EVALUATORS[given["name"]]
+    for field in dataclasses.fields(evaluator):
+        defaults = (field.default, field.default_factory)
+        if all(default is dataclasses.MISSING for default in defaults) and field.name not in given:
+            raise ValueError(f"evaluator {given['name']!r} lacks {field.name!r}; add it to its config.")
+    return evaluator(**{name: value for name, value in given.items() if name not in _OF_THE_LOOP})
