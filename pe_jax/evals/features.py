@@ -54,7 +54,7 @@ Arrays = dict[str, np.ndarray]
 
 @functools.cache
 def forward(
-    preprocess: Preprocess, what: str, layers: tuple[int, ...], dtype: str
+    preprocess: Preprocess, what: str, layers: tuple[int, ...], dtype: str, pooler: bool = False
 ) -> Callable[[inference.Model, jax.Array], dict[str, jax.Array]]:
     """The pass from uint8 pixels to named arrays [B, ...] of `dtype`.
 
@@ -64,6 +64,8 @@ def forward(
         patch tokens; "class" [B, D], the class token; or "embedding" [B, E], what `encode_image` gives.
       layers: resolved, as `VisionTower.features` takes them; of no use to an embedding.
       dtype: a key of `DTYPES`.
+      pooler: whether to add an array `pooler` [B, D], what the tower itself pools its last tokens to, before the
+        projection.
     """
 
     def run(model: inference.Model, pixels: jax.Array) -> dict[str, jax.Array]:
@@ -71,14 +73,19 @@ def forward(
         found: dict[str, Any]
         if what == "embedding":
             found = {"embedding": model.encode_image(images) if isinstance(model, CLIP) else model(images)}
+            own: dict[str, jax.Array] = {}
         else:
-            kept = inference.vision_tower(model).features(images, layers=layers, class_token=what != "pooled")
-            found = {layer_name(layer): tokens for layer, tokens in kept.items()}
+            tower = inference.vision_tower(model)
+            last = tower.config.depth
+            kept = tower.features(images, layers=(*layers, last) if pooler else layers)
+            own = {"pooler": tower.pooled(kept[last])} if pooler else {}
+            first = int(what == "pooled" and tower.config.class_token)
+            found = {layer_name(layer): kept[layer][:, first:] for layer in layers}
         if what == "pooled":  # in float32: a mean over a thousand bfloat16 tokens would lose what tells images apart
             found = {name: tokens.astype(jnp.float32).mean(1) for name, tokens in found.items()}
         elif what == "class":
             found = {name: tokens[:, 0] for name, tokens in found.items()}
-        return {name: values.astype(dtype) for name, values in found.items()}
+        return {name: values.astype(dtype) for name, values in (found | own).items()}
 
     return run
 
@@ -114,11 +121,13 @@ class Extraction:
         part: tuple[int, int] | None = None,
         max_bad: int = 0,
         name: str | None = None,
+        pooler: bool = False,
     ):
         """Checks everything that can be known before the first image is read, and begins the folder.
 
         Args:
-          model: on one device, or on a mesh of this process's own devices.
+          model: on one device, or on a mesh of this process's own devices. On a mesh of several processes each writes
+            all shards, with `part` (0, 1), into a folder of its own.
           data: images, see `pe_jax.evals.records`.
           out: the folder, local or gs://; empty, or with shards of this very request.
           what: one of `WHAT`, see `forward`.
@@ -132,6 +141,7 @@ class Extraction:
           part: (i, n), this process writes each n-th shard from the i-th; None is JAX's process and their number.
           max_bad: images that may be unreadable before `run` gives up.
           name: what the manifest calls the model.
+          pooler: add what the tower itself pools, see `forward`.
 
         Raises:
           ValueError: for a wrong argument, a folder that holds something else, or a disk that is too small.
@@ -139,6 +149,8 @@ class Extraction:
         config = inference.vision_tower(model).config
         self._model, self._what, self._format, self._dtype = model, what, format, dtype
         self._layers = _checked(what, layers, format, dtype, config)
+        if pooler and (what == "embedding" or config.pool == "none"):
+            raise ValueError("pooler=True goes with features of layers, of a tower that pools; leave it out.")
         for word, value in (("batch_size", batch_size), ("shards", shards or 1), ("max_bad", max_bad + 1)):
             if value < 1:
                 raise ValueError(f"{word}={value - (word == 'max_bad')} is too low; leave it out, or raise it.")
@@ -146,7 +158,7 @@ class Extraction:
         self._preprocess = inference.preprocess_of(model, image_size)
         opened = records.open(data)
         self._source, self.records = opened.source, len(opened)
-        self._forward = forward(self._preprocess, what, self._layers, dtype)
+        self._forward = forward(self._preprocess, what, self._layers, dtype, pooler)
         pixels = jax.ShapeDtypeStruct((1, *self._preprocess.shape, 3), np.uint8)
         self.arrays: dict[str, tuple[tuple[int, ...], str]] = {
             array: (x.shape[1:], str(x.dtype))
@@ -168,7 +180,7 @@ class Extraction:
             "layers": list(self._layers),
             "format": format,
             "dtype": dtype,
-        }
+        } | ({"pooler": True} if pooler else {})
         self.shards = self._begin(request, shards, name)
         done = {shard for shard in range(self.shards) if self._file(shard).exists()}
         self.pending = [shard for shard in range(index, self.shards, parts) if shard not in done]
@@ -261,7 +273,7 @@ class Extraction:
                         continue
                     if writing is not None:
                         writing.result()  # two shards in memory at most
-                    writing = writer.submit(self._write, todo[0], buffer, [lines.pop(int(row)) for row in own])
+                    writing = writer.submit(self._write, todo[0], buffer, [self._line(lines, int(row)) for row in own])
                     del todo[0]
                     if todo:
                         buffer, filled = self._buffer(todo[0]), 0
@@ -269,6 +281,10 @@ class Extraction:
                 progress(done)
             if writing is not None:
                 writing.result()
+
+    def _line(self, lines: dict[int, dict[str, Any]], row: int) -> dict[str, Any]:
+        """What was noted when the record was read; on a mesh of several processes another one may have read it."""
+        return lines.pop(row, None) or {"row": row, "key": self._source.where(row), "fields": {}}
 
     def _buffer(self, shard: int) -> Arrays:
         count = len(self._rows(shard))
@@ -328,10 +344,10 @@ class Extraction:
         if MANIFEST in inside:
             manifest = _read_manifest(file)
             had = manifest["request"]
-            differing = [key for key in request if request[key] != had.get(key)]
+            differing = [key for key in had | request if request.get(key) != had.get(key)]
             if differing:
                 told = "; ".join(
-                    f"{key} is {had.get(key)!r:.80} there and {request[key]!r:.80} here" for key in differing
+                    f"{key} is {had.get(key)!r:.80} there and {request.get(key)!r:.80} here" for key in differing
                 )
                 raise ValueError(f"{self._out} holds other features: {told}. Choose an empty folder.")
             if shards not in (None, manifest["shards"]):

@@ -259,18 +259,20 @@ class VisionTower(nnx.Module):
         """Last tokens as the pooling sees them: through `norm_post`, where the tower has one."""
         return self.norm_post(tokens) if self.config.norm_post else tokens
 
+    def pooled(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B *E"]:
+        """Last tokens pooled as the tower pools them, before the projection; all of them where `pool` is "none"."""
+        x = self.normed(tokens)
+        if self.config.pool == "attention":
+            return self.pool(x)
+        if self.config.pool == "class":
+            return x[:, 0]
+        return x.mean(1) if self.config.pool == "average" else x
+
     @jax.named_scope("vision")
     def head(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B *E"]:
         """What follows the last block: `norm_post`, pooling, projection, as far as the tower has them."""
-        c = self.config
-        x = self.normed(tokens)
-        if c.pool == "attention":
-            x = self.pool(x)
-        elif c.pool == "class":
-            x = x[:, 0]
-        elif c.pool == "average":
-            x = x.mean(1)
-        if c.output_width is not None:
+        x = self.pooled(tokens)
+        if self.config.output_width is not None:
             projection = sharding.gathered(self.projection[...], "embed", "joint", dtype=x.dtype)
             x = jnp.dot(x, projection, precision=precision(x.dtype))
         return x
