@@ -99,6 +99,8 @@ def batches(
     rows: Sequence[Any],
     load: Callable[[Any], np.ndarray],
     batch_size: int,
+    *,
+    replicate: bool = True,
 ) -> Iterator[tuple[Any, int]]:
     """Runs `forward(model, batch)` over all rows, in order.
 
@@ -108,9 +110,11 @@ def batches(
       rows: anything indexable, one entry an example.
       load: entry → array, of one shape and dtype for all; runs on threads, one batch ahead of the device.
       batch_size: B, global; brought up to a multiple of the ways the mesh cuts a batch.
+      replicate: whether every device, and with it every process, gets all of the result; else it stays cut as XLA left
+        it, by examples as a rule.
 
     Yields:
-      What `forward` gives, replicated, and how many of its rows are real; the others, at the end, are to be dropped.
+      What `forward` gives, and how many of its rows are real; the others, at the end, are to be dropped.
 
     Raises:
       ValueError: if there are no rows, or `batch_size` is below 1.
@@ -122,7 +126,7 @@ def batches(
     mesh = mesh_of(model)
     ways = 1 if mesh is None else sharding.batch_ways(mesh)
     size = -(-batch_size // ways) * ways
-    run = _compiled(forward, mesh)
+    run = _compiled(forward, mesh if replicate else None)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
 
         def begin(start: int) -> list[concurrent.futures.Future[np.ndarray] | None]:
@@ -183,8 +187,8 @@ def _text_forward(model: CLIP, ids: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _compiled(forward: Callable[[Any, jax.Array], Any], mesh: Mesh | None) -> Callable[[Any, jax.Array], Any]:
-    return jax.jit(forward, out_shardings=None if mesh is None else sharding.replicated(mesh))
+def _compiled(forward: Callable[[Any, jax.Array], Any], replicated: Mesh | None) -> Callable[[Any, jax.Array], Any]:
+    return jax.jit(forward, out_shardings=None if replicated is None else sharding.replicated(replicated))
 
 
 def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
