@@ -8,7 +8,7 @@ A suite is plain data, in a JSON file or a Python one with `get_suite()`; those 
    "datasets": [{"name": "IN", "columns": {"IN": "top1"},                  # a figure of the evaluator for each column
                  "places": ["wds_imagenet1k", "imagenet2012:validation"],  # see `pe_jax.evals.layouts`
                  "evaluator": {"name": "zero_shot", "templates": "imagenet", "resize": "better"}}],
-   "published": {"PE-Core-B16-224": {"IN": 78.4, "v2": 71.7}}}
+   "published": {"PE-Core-B16-224": {"Avg cls": 75.0, "IN": 78.4, "v2": 71.7}}}   # an average may be as printed
 
 What the evaluator lacks (`data`, `classes`, `templates`) the data set's own files answer. Where its `data` names
 a source already, that is used; {root} and {place} in its strings stand for the folder of all data and the first of
@@ -193,11 +193,12 @@ def parse(content: Mapping[str, Any], where: str) -> Suite:
     if rest := tuple(name for name in every if name not in grouped):
         groups.append((None, rest))
     published = content.get("published", {})
-    for source, mentioned in (
-        ("groups", grouped),
-        *((f"published {row!r}", list(own)) for row, own in published.items()),
+    averages = [average for average, _ in groups if average is not None]
+    for source, mentioned, given in (
+        ("groups", grouped, every),
+        *((f"published {row!r}", list(own), every + averages) for row, own in published.items()),
     ):
-        if unknown := [name for name in mentioned if name not in every]:
+        if unknown := [name for name in mentioned if name not in given]:
             raise ValueError(f"{where}: {source} has the column {unknown[0]!r}, which no data set gives.")
     name = pathlib.PurePath(where).stem
     return Suite(name, content.get("title", name), tuple(datasets), tuple(groups), published)
@@ -356,7 +357,7 @@ class Report:
         reference = self.suite.published.get(self.released or "")
         beside = self.suite.published if reference is None else {self.released: reference}
         table |= {f"paper: {name}": own for name, own in beside.items()}
-        shown = [(name, dict(own) | self.averages(own)) for name, own in table.items()]
+        shown = [(name, self.averages(own) | dict(own)) for name, own in table.items()]
         if reference is not None:
             (_, ours), (_, theirs) = shown
             shown.append(("difference", {name: ours[name] - theirs[name] for name in ours if name in theirs}))
@@ -402,7 +403,7 @@ class Report:
             "limit": self.limit,
             "values": self.values,
             "averages": self.averages(self.values),
-            "published": {name: dict(own) | self.averages(own) for name, own in self.suite.published.items()},
+            "published": {name: self.averages(own) | dict(own) for name, own in self.suite.published.items()},
             "datasets": [dataclasses.asdict(result) for result in self.results],
         }
 
@@ -411,7 +412,7 @@ class Report:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("column", "data set", "figure", "value", *self.suite.published))
-        published = {name: dict(own) | self.averages(own) for name, own in self.suite.published.items()}
+        published = {name: self.averages(own) | dict(own) for name, own in self.suite.published.items()}
         ours = self.values | self.averages(self.values)
         owner = {column: dataset for dataset in self.suite.datasets for column in dataset.columns}
         for average, columns in self.suite.groups:
