@@ -306,3 +306,11 @@ def test_the_command_says_what_it_lacks(command, root):
     assert "pictures failed: " in printed.out
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--model", "x", "--suite", "small", "--config", "y"])
+
+
+@pytest.mark.parametrize("name", suites.names())
+def test_the_page_of_the_docs_lists_where_every_data_set_is_looked_for(name):
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    assert f"| `{name}` |" in page
+    for dataset in suites.load(name).datasets:
+        assert f"| {dataset.name} | {', '.join(f'`{place}`' for place in dataset.places)} |" in page
