@@ -443,11 +443,18 @@ class WebDataset:
         return shard, index - int(self.starts[shard])
 
     def __getitem__(self, index: int) -> Record:
+        record = self.fields(index, images=True)
+        if "image" not in record:
+            raise BadRecord(f"{self.where(index)}: no image ({', '.join(IMAGE_ENDINGS)}); it has {sorted(record)}.")
+        return record
+
+    def fields(self, index: int, images: bool = False) -> Record:
+        """Record `index`, by default without its image, which is most of what there is to read."""
         shard, row = self._place(index)
         endings, offsets, sizes = self.shards[shard]
         record: Record = {}
         for ending, offset, size in zip(endings, offsets[row].tolist(), sizes[row].tolist(), strict=True):
-            if offset < 0:
+            if offset < 0 or (ending in IMAGE_ENDINGS and not images):
                 continue
             data = self._opened.read(self.paths[shard], offset, size)
             if len(data) != size:
@@ -464,8 +471,6 @@ class WebDataset:
                 record["label"] = int(text) if text.isdigit() else text
             else:
                 record[ending] = data
-        if "image" not in record:
-            raise BadRecord(f"{self.where(index)}: no image ({', '.join(IMAGE_ENDINGS)}); it has {sorted(record)}.")
         return record
 
     def where(self, index: int) -> str:

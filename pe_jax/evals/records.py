@@ -118,7 +118,8 @@ class Records:
         return found
 
     def _value(self, row: int, names: Sequence[str]) -> Any:
-        record = self.source[row]
+        # Of a source that can leave the image out, labels are read without reading the data set twice.
+        record = self.source.fields(row) if isinstance(self.source, sources.WebDataset) else self.source[row]
         for name in names:
             if name in record:
                 return record[name]

@@ -94,7 +94,8 @@ class Dataset:
         Raises:
           ValueError: if they are there and unreadable, or lack class names or prompts.
         """
-        if "name" not in self.evaluator.get("data", {}) and "{" not in json.dumps(_strings(self.evaluator)):
+        placed = [text for text in _strings(self.evaluator) if "{root}" in text or "{place}" in text]
+        if "name" not in self.evaluator.get("data", {}) and not placed:
             found, looked = layouts.find(root, self.places)
             wanted = evals.fields(str(self.evaluator.get("name")))
             return (None if found is None else found.fields(wanted, self.evaluator)), looked
@@ -102,9 +103,7 @@ class Dataset:
         place = next((place for place in looked if paths.path(place).exists()), None)
         if self.places and place is None:
             return None, looked
-        needed = [text for text in _strings(self.evaluator) if "{root}" in text or "{place}" in text]
-        needed = [_fill(text, root, place) for text in needed]
-        if absent := [text for text in needed if not _exists(text)]:
+        if absent := [text for text in _fill(placed, root, place) if not _exists(text)]:
             return None, tuple(dict.fromkeys(absent))
         return _fill(dict(self.evaluator), root, place), looked
 

@@ -70,6 +70,15 @@ def test_clip_benchmarks_folders_bring_their_shards_names_and_prompts(tmp_path, 
     assert rows.images[8][:4] == b"RIFF"
 
 
+def test_labels_of_shards_are_read_without_the_images(tmp_path, clip_benchmark, monkeypatch):
+    rows = records.open(fields(tmp_path, "wds_shapes")["data"])
+    read, sizes = rows.source._opened.read, []
+    monkeypatch.setattr(rows.source._opened, "read", lambda path, at, size: sizes.append(size) or read(path, at, size))
+    assert len(rows.labels()) == 9
+    assert sizes == [1] * 9
+    assert set(rows.source[0]) == {"image", "label"}
+
+
 def test_what_the_config_says_stays(tmp_path, clip_benchmark):
     given = fields(tmp_path, "wds_shapes", {"name": "zero_shot", "templates": "photo", "data": {"limit": 2}})
     assert given["templates"] == "photo"

@@ -101,6 +101,15 @@ def test_the_columns_are_the_figures_of_the_evaluators_themselves(model, root):
     assert results["pictures"].card["figures"] == figures  # with those of both resizes
 
 
+def test_prompts_in_a_suite_are_no_placeholders(model, root):
+    content = suite()
+    content["datasets"][0]["evaluator"]["templates"] = ["a photo of {}.", "{}"]
+    config, _ = suites.parse(content, "small.json").datasets[0].locate(str(root))
+    assert config is not None
+    assert config["templates"] == ["a photo of {}.", "{}"]
+    assert config["classes"] == ["blue bars", "green bars", "red bars"]
+
+
 def test_an_average_is_given_only_if_all_its_columns_are_there(model, root):
     report, results = scored(model, root, only=["captions"])
     assert list(results) == ["captions"]
