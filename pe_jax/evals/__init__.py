@@ -8,13 +8,20 @@ from typing import Any, Protocol, runtime_checkable
 import ml_collections
 
 from pe_jax.evals.inference import Model
-from pe_jax.evals.probes import KNN
+from pe_jax.evals.probes import KNN, Attention, Linear, Logistic
 from pe_jax.evals.retrieval import Retrieval
 from pe_jax.evals.zero_shot import ZeroShot
 
-__all__ = ["KNN", "Evaluator", "Retrieval", "ZeroShot", "check", "create", "fields"]
+__all__ = ["KNN", "Attention", "Evaluator", "Linear", "Logistic", "Retrieval", "ZeroShot", "check", "create", "fields"]
 
-_EVALUATORS: dict[str, type[Any]] = {"zero_shot": ZeroShot, "knn": KNN, "retrieval": Retrieval}
+_EVALUATORS: dict[str, type[Any]] = {
+    "zero_shot": ZeroShot,
+    "knn": KNN,
+    "linear": Linear,
+    "logistic": Logistic,
+    "attention": Attention,
+    "retrieval": Retrieval,
+}
 _OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's business
 
 

@@ -70,7 +70,8 @@ def fit(
     """Trains one head for each layer and rate, on batches that all of them share.
 
     Args:
-      init: key → parameters and state of one head; called once, so every head starts alike.
+      init: key → parameters and state of one head; called once, so every head starts alike. What is compiled is kept
+        for the next call with the same `init`, `loss`, `transform` and numbers.
       loss: (parameters, state, features, targets, key) of one head → the loss [] and the new state.
       batches: (features, targets), host or device arrays: features are a tree of leaves [Y, B, ...], an entry a layer,
         targets one of leaves [B, ...]. Drawn one at a time, one ahead of the devices, and never kept. They may be of
@@ -90,8 +91,37 @@ def fit(
     if not len(rates) or not all(rate > 0 and math.isfinite(rate) for rate in rates):
         raise ValueError(f"rates={tuple(rates)} must be one or more positive numbers, like (0.01, 0.1).")
     heads = _Placement(mesh, layers, len(rates))
+    begin, update = _programs(init, loss, transform, layers, tuple(rates), heads.own, heads.whole)
+    key = jax.random.key(seed)
+    with heads.context():
+        carry = begin(key)
+    losses: list[Any] = []
+    for step, (features, targets) in enumerate(batches):
+        with heads.context():
+            placed = heads.features(features), heads.targets(targets)
+            carry, value = update(carry, *placed, key, jnp.uint32(step))
+        losses.append(value)
+        if step:  # waits for the update before, so that not more than two batches of features are held
+            losses[step - 1] = np.asarray(losses[step - 1], np.float32)
+    if not losses:
+        raise ValueError("there is nothing to fit on: `batches` gave none.")
+    params, state, _ = carry
+    return Fitted(params, state, np.stack([np.asarray(value, np.float32) for value in losses]), mesh)
 
-    @functools.partial(jax.jit, out_shardings=heads.own)
+
+@functools.lru_cache(maxsize=16)
+def _programs(
+    init: Callable[..., Head],
+    loss: Callable[..., Any],
+    transform: optax.GradientTransformation,
+    layers: int,
+    rates: tuple[float, ...],
+    own: NamedSharding | None,
+    whole: NamedSharding | None,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How all heads begin, and their update; kept, for an evaluator that is called again would compile again."""
+
+    @functools.partial(jax.jit, out_shardings=own)
     def begin(key: jax.Array) -> tuple[Tree, Tree, Tree]:
         params, state = init(key)
         stack = functools.partial(_stacked, shape=(layers, len(rates)))
@@ -104,34 +134,20 @@ def fit(
         params = optax.apply_updates(params, jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates))
         return (params, state, moments), value
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(heads.own, heads.whole))
-    def update(carry: Any, features: Tree, targets: Tree, step: Array) -> Any:
-        key = jax.random.fold_in(jax.random.key(seed), step)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(own, whole))
+    def update(carry: Any, features: Tree, targets: Tree, key: jax.Array, step: Array) -> Any:
         by_rate = jax.vmap(one, in_axes=(0, 0, None, None, None))
         by_layer = jax.vmap(by_rate, in_axes=(0, None, 0, None, None))
-        return by_layer(carry, jnp.asarray(rates, jnp.float32), features, targets, key)
+        return by_layer(carry, jnp.asarray(rates, jnp.float32), features, targets, jax.random.fold_in(key, step))
 
-    with heads.context():
-        carry = begin(jax.random.key(seed))
-    losses: list[Any] = []
-    for step, (features, targets) in enumerate(batches):
-        with heads.context():
-            placed = heads.features(features), heads.targets(targets)
-            carry, value = update(carry, *placed, jnp.uint32(step))
-        losses.append(value)
-        if step:  # waits for the update before, so that not more than two batches of features are held
-            losses[step - 1] = np.asarray(losses[step - 1], np.float32)
-    if not losses:
-        raise ValueError("there is nothing to fit on: `batches` gave none.")
-    params, state, _ = carry
-    return Fitted(params, state, np.stack([np.asarray(value, np.float32) for value in losses]), mesh)
+    return begin, update
 
 
 def _stacked(leaf: Any, shape: tuple[int, int]) -> Array:
     return jnp.broadcast_to(leaf, shape + jnp.shape(leaf))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _each_head(function: Callable[[Tree, Tree, Tree], Tree], whole: NamedSharding | None) -> Callable[..., Tree]:
     by_rate = jax.vmap(function, in_axes=(0, 0, None))
     return jax.jit(jax.vmap(by_rate, in_axes=(0, 0, 0)), out_shardings=whole)
