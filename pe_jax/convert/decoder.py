@@ -334,9 +334,7 @@ def _expected(config: DecoderConfig, layout: str) -> dict[str, tuple[int, ...]]:
     return {name: shape for slot in _slots(config, layout) for name, shape in zip(slot.names, slot.stored, strict=True)}
 
 
-def _account(
-    tensors: Mapping[str, Any], slots: list[_Slot], config: DecoderConfig, layout: str
-) -> dict[str, np.ndarray]:
+def _account(tensors: Mapping[str, Any], slots: list[_Slot], config: DecoderConfig, layout: str) -> dict[str, Any]:
     """The tensors that are parameters; raises one error about all that is wrong with names, shapes and types."""
     expected = {name: shape for slot in slots for name, shape in zip(slot.names, slot.stored, strict=True)}
     named = {name: tensor for name, tensor in tensors.items() if not _DERIVED.fullmatch(name)}
