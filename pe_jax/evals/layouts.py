@@ -58,8 +58,18 @@ class Found:
           ValueError: where it needs class names or prompts and there are none, saying which file to write.
         """
         found: dict[str, Any] = {"data": self.data | dict(given.get("data", {}))}
+        if "bank" in wanted and "name" not in given.get("bank", {}):
+            learned = recognise(paths.path(self.place), ("train",))
+            if learned is None or learned.data == self.data:  # one without splits is not to be learned by heart
+                raise ValueError(
+                    f"there is nothing to learn from beside {self.place}; want a folder with a split train."
+                )
+            found["bank"] = learned.data | dict(given.get("bank", {}))
         if "classes" in wanted and "classes" not in given:
-            found |= self._classes(overlap=bool(given.get("subset")))
+            if "labels" in wanted:
+                found |= self._classes(overlap=bool(given.get("subset")))
+            elif (called := self._called()) is not None:  # nobody reads the names: any tell the classes apart
+                found["classes"] = called
         if "templates" in wanted and "templates" not in given:
             file = self.folder / "zeroshot_classification_templates.txt"
             if not file.exists():
@@ -156,6 +166,8 @@ def recognise(path: epath.Path, splits: Sequence[str] = SPLITS) -> Found | None:
             if (path / f"{split}{ending}").exists():
                 return Found(str(path), path, "table", sources.guess(str(path / f"{split}{ending}")))
     inside = next((path / split for split in splits if (path / split).is_dir()), path)
+    if inside == path and (known := [split for split in ("train", *SPLITS) if (path / split).is_dir()]):
+        raise ValueError(f"{path} has the splits {', '.join(known)}; want {' or '.join(splits)}.")
     data = sources.guess(str(inside))
     if data["name"] == "folder":
         if not any(p.is_dir() for p in inside.iterdir()):

@@ -183,6 +183,32 @@ def test_numbers_of_wordnet_are_no_class_names(tmp_path):
         fields(tmp_path, "imagenet")
 
 
+def test_a_probe_learns_from_the_train_split_beside_the_other(tmp_path, folders):
+    config = {"name": "knn", "k": 2, "bank": {"limit": 3}}
+    with pytest.raises(ValueError, match=r"animals has the splits val; want train"):
+        fields(tmp_path, "animals", config)
+    for number, name in enumerate(["n03_owl", "n01_cat", "n02_red_fox", "n01_cat"]):
+        write(folders / "train" / name / f"{number}.jpg", image(number))
+    evaluator = evals.create(fields(tmp_path, "animals", config))
+    np.testing.assert_array_equal(records.open(evaluator.bank).labels(evaluator.classes), [0, 0, 1])
+    np.testing.assert_array_equal(records.open(evaluator.data).labels(evaluator.classes), [0, 0, 1, 1, 2])
+
+
+def test_a_probe_is_not_given_what_it_is_tested_on(tmp_path):
+    write(tmp_path / "zoo.csv", "image,cls\na.png,x\nb.png,y\n")
+    with pytest.raises(ValueError, match=r"nothing to learn from beside .*zoo.csv"):
+        fields(tmp_path, "zoo", {"name": "knn"})
+
+
+def test_a_probe_takes_numbers_as_they_are(tmp_path, clip_benchmark):
+    tar(clip_benchmark / "train" / "0.tar", [{"png": image(i), "cls": f"{i}"} for i in range(4)])
+    write(clip_benchmark / "train" / "nshards.txt", "1")
+    evaluator = evals.create(fields(tmp_path, "wds_shapes", {"name": "knn"}))
+    assert evaluator.classes is None
+    np.testing.assert_array_equal(records.open(evaluator.bank).labels(), [0, 1, 2, 3])
+    assert len(records.open(evaluator.data)) == 9
+
+
 @pytest.fixture
 def objectnet(tmp_path):
     root = tmp_path / "objectnet-1.0"
