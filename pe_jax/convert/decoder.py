@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from pe_jax import sharding
 from pe_jax.convert import weights
 from pe_jax.convert.pe import Report
 from pe_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
@@ -194,7 +193,7 @@ def read(
     path: str | os.PathLike,
     config: DecoderConfig | None = None,
     *,
-    mesh: Mesh | None = None,
+    shardings: Params | None = None,
     dtype: Any = np.float32,
 ) -> tuple[DecoderConfig, Params]:
     """A decoder's configuration and its parameters, on their devices.
@@ -203,7 +202,8 @@ def read(
       path: a safetensors file, an index of shards or a folder with either; or a folder of `consolidated.NN.pth` pieces,
         or one of them if it is the only one.
       config: the architecture; None takes it from the `config.json` beside the weights.
-      mesh: where the parameters go; None is one device.
+      shardings: where the parameters go, a nested dict as `sharding.param_shardings(abstract(config), mesh)` gives it;
+        None is one device.
       dtype: of the parameters; None keeps that of the files.
 
     Raises:
@@ -222,8 +222,10 @@ def read(
     if path in pieces and len(pieces) > 1:
         raise ValueError(f"{path} is one of {len(pieces)} pieces; give the folder, {folder}.")
     if pieces and (path.is_dir() or path in pieces):
-        return config, to_params(merged([weights.read(piece) for piece in pieces], config), config, mesh, dtype=dtype)
-    return config, to_params(weights.read(path), config, mesh, dtype=dtype)
+        return config, to_params(
+            merged([weights.read(piece) for piece in pieces], config), config, shardings, dtype=dtype
+        )
+    return config, to_params(weights.read(path), config, shardings, dtype=dtype)
 
 
 def merged(pieces: Sequence[Mapping[str, Any]], config: DecoderConfig) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def merged(pieces: Sequence[Mapping[str, Any]], config: DecoderConfig) -> dict[s
 def to_params(
     tensors: Mapping[str, Any],
     config: DecoderConfig,
-    mesh: Mesh | None = None,
+    shardings: Params | None = None,
     *,
     layout: str = "auto",
     dtype: Any = np.float32,
@@ -280,7 +282,7 @@ def to_params(
     Args:
       tensors: what `weights.read` or `merged` gives.
       config: the architecture they should have.
-      mesh: where they go, cut by the rules of `pe_jax.sharding`; None is one device.
+      shardings: where they go, as in `read`.
       layout: "hf", "meta", or "auto": by the names.
       dtype: of the parameters; None keeps that of the tensors.
 
@@ -291,13 +293,11 @@ def to_params(
         layout = "meta" if _EMBEDDING.meta in tensors else "hf"
     slots = _slots(config, layout)
     named = _account(tensors, slots, config, layout)
-    model = abstract(config)
-    placed = sharding.param_shardings(model, mesh) if mesh is not None else None
-    params, shapes = {}, split(model)[1]
+    params, shapes = {}, split(abstract(config))[1]
     for slot in slots:
         value = _load(slot, [np.asarray(named[name]) for name in slot.names], config, layout)
         kind = np.dtype(value.dtype if dtype is None else dtype)
-        place = SingleDeviceSharding(jax.local_devices()[0]) if placed is None else _leaf(placed, slot.path)
+        place = SingleDeviceSharding(jax.local_devices()[0]) if shardings is None else _leaf(shardings, slot.path)
         branch = params
         for name in slot.path[:-1]:
             branch = branch.setdefault(name, {})

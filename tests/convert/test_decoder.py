@@ -148,8 +148,8 @@ def test_an_embedding_that_was_cut_along_its_width_is_joined_along_it():
 @pytest.mark.parametrize("layout", ["hf", "meta"])
 def test_tensors_go_straight_to_their_parts_of_a_mesh(layout):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    got = decoder.to_params(tensors(LLAMA, layout), LLAMA, mesh)
     wanted = sharding.param_shardings(decoder.abstract(LLAMA), mesh)
+    got = decoder.to_params(tensors(LLAMA, layout), LLAMA, wanted)
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding}, want {s}"), got, wanted
     )
