@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 # In this order, as they share a folder: what train_tiny has trained, the others find.
 NAMES = ("train_tiny", "quickstart", "features_by_layer", "convert_weights", "mesh_layouts")
+COMPILED = ("convert_weights", "mesh_layouts")
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 SECONDS = 300  # for one cell, on a busy machine
 MOST_LINES, MOST_BYTES = 25, 300_000
@@ -43,10 +44,11 @@ def execute(name: str, folder: pathlib.Path) -> dict[str, Any]:
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    # No network; weights that may lie on this machine are not found either. The tests' own flags are not the reader's.
+    notebook: Any = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    # No network; weights that may lie on this machine are not found either.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PE_JAX_CACHE": str(folder / "cache")}
-    env.pop("XLA_FLAGS", None)
+    # What is compiled and hardly computed is compiled the quick way, as in all tests; what trains is not.
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0" if name in COMPILED else ""
     env.pop("MPLBACKEND", None)
     place: Any = {"metadata": {"path": str(folder)}}
     client = NotebookClient(
@@ -130,8 +132,8 @@ def main(names: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         for name in names or NAMES:
-            notebook = execute(name, pathlib.Path(folder))
-            notebook = nbformat.from_dict(json.loads(json.dumps(notebook).replace(f"{folder}/", "")))
+            executed = execute(name, pathlib.Path(folder))
+            notebook: Any = nbformat.from_dict(json.loads(json.dumps(executed).replace(f"{folder}/", "")))
             notebook["metadata"]["language_info"] = {"name": "python"}  # not the version that happened to run it
             nbformat.write(notebook, FOLDER / f"{name}.ipynb")
             print(f"{name}: {(FOLDER / f'{name}.ipynb').stat().st_size:,} bytes")
