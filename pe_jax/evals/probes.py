@@ -239,7 +239,7 @@ class Linear(_Trained):
     Source: MAE (arXiv 2111.06377, appendix A.1) and InternVL (2312.14238), the protocol that PE names (§3, Tab. 8).
     """
 
-    rates: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    rates: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     examples: int = 256
 
     def __post_init__(self) -> None:

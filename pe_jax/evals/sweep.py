@@ -15,7 +15,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from pe_jax.evals import features, inference, records, zero_shot
 from pe_jax.models import zoo
 from pe_jax.models.layers import resolve_layers
 
+Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
@@ -81,7 +82,8 @@ class Scores:
       settings: names of the values of the probe's free setting, such as `k20` or `rate_0.1`.
       accuracy: [Y, S] share of `data` classified rightly.
       tuned: [Y, S] share of the images that the setting is chosen on.
-      facts: how it was done and what that took, for a report.
+      facts: how it was done, for a report; with `cost`, what that took, and `cost_shared`, what making the pooled
+        features took for all probes together, in this call.
     """
 
     entries: tuple[str, ...]
@@ -157,19 +159,12 @@ def run(
         sweep = Sweep(model, next(iter(tasks.values())), folder, dtype=dtype, progress=progress)
         pooled, tokens = (any(getattr(p, name) for p in probes.values()) for name in ("pooled", "kept_tokens"))
         sweep.check_size(pooled=pooled, tokens=tokens, max_bytes=max_bytes)
-        if pooled:
-            sweep.keep("pooled")
+        shared = sweep.cost(lambda: sweep.keep("pooled"))[1] if pooled else None
         found = {}
         for name, probe in probes.items():
-            begun, images = time.perf_counter(), sweep.images
-            scores = probe.score(sweep)
-            images = sweep.images - images
-            cost = {
-                "seconds": round(time.perf_counter() - begun, 3),
-                "images_through_the_tower": images,
-                "tower_flops": images * sweep.image_flops,
-            }
-            found[name] = dataclasses.replace(scores, facts=scores.facts | cost)
+            scores, own = sweep.cost(lambda probe=probe: probe.score(sweep))
+            facts = scores.facts | {"cost": own} | ({"cost_shared": shared} if probe.pooled else {})
+            found[name] = dataclasses.replace(scores, facts=facts)
         return found
 
 
@@ -231,6 +226,14 @@ class Sweep:
             own = {"depth": max(self.layers), "pool": "none", "output_width": None}
             config = dataclasses.replace(config, **own)
         return zoo.forward_flops(config, self.preprocess.shape)
+
+    def cost(self, work: Callable[[], Result]) -> tuple[Result, dict[str, Any]]:
+        """What `work` gives; and the seconds, the images through the tower and its FLOPs for them that it took."""
+        begun, images = time.perf_counter(), self.images
+        result = work()
+        images = self.images - images
+        seconds = round(time.perf_counter() - begun, 3)
+        return result, {"seconds": seconds, "images": images, "tower_flops": images * self.image_flops}
 
     def bytes(self, *, pooled: bool, tokens: bool) -> int:
         """Of all features on the disk, pooled ones of every entry and tokens of every layer."""
