@@ -155,12 +155,11 @@ def _card(args: Any, model: Any, data: Any, counts: Any, task: Any, begun: float
 
 def _print(found: Any, title: str) -> None:
     import rich
-    import rich.markup
     import rich.table
 
     from pe_jax.evals import curves
 
-    table = rich.table.Table("layer", title=rich.markup.escape(title))
+    table = rich.table.Table("layer")
     for name in found:
         table.add_column(curves.TITLES[name], justify="right")
     entries = list(dict.fromkeys(entry for scores in found.values() for entry in scores.entries))
@@ -178,6 +177,7 @@ def _print(found: Any, title: str) -> None:
     costs = [scores.facts["cost"] for scores in found.values()]
     table.add_row("seconds", *(f"{cost['seconds']:,.1f}" for cost in costs))
     table.add_row("tower TFLOPs", *(f"{cost['tower_flops'] / 1e12:,.3g}" for cost in costs))
+    print(title)
     rich.print(table)
     shared = next((scores.facts["cost_shared"] for scores in found.values() if "cost_shared" in scores.facts), None)
     if shared:
