@@ -202,10 +202,9 @@ def test_the_tpu_kernel_gives_the_same_value_and_gradients():
     same(*(small(**changes, attention=kernel).hidden(ids) for kernel in ("flash", "xla")), "not packed", 1e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention"])
-def test_what_the_backward_pass_keeps_changes_no_gradient(remat):
+def test_what_the_backward_pass_keeps_changes_no_gradient():
     ids = tokens(2, 5)
-    got, want = (gradients(small(remat=r), lambda model: jnp.sum(model(ids) ** 2)) for r in (remat, "none"))
+    got, want = (gradients(small(remat=r), lambda model: jnp.sum(model(ids) ** 2)) for r in ("dots", "none"))
     same_tree(got, want)
 
 
@@ -260,8 +259,7 @@ def likeliest(row: int, count: int = 9) -> tuple[int, ...]:
     return tuple(ids[LENGTHS[row] :])
 
 
-@pytest.mark.parametrize("left_padded", [False, True])
-@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize(("left_padded", "embedded"), [(False, False), (True, False), (False, True)])
 def test_prompts_of_different_lengths_go_on_as_each_would_alone(left_padded, embedded):
     prompts = PROMPTS
     if left_padded:
@@ -333,8 +331,7 @@ def test_truncation_keeps_the_likeliest_tokens_until_their_number_or_probability
 
 
 @pytest.mark.parametrize(
-    ("shape", "tied"),
-    [({"fsdp": 8}, False), ({"fsdp": 4, "tensor": 2}, True), ({"data": 2, "fsdp": 2, "tensor": 2}, False)],
+    ("shape", "tied"), [({"fsdp": 4, "tensor": 2}, True), ({"data": 2, "fsdp": 2, "tensor": 2}, False)]
 )
 def test_gradients_on_a_mesh_equal_those_on_one_device(shape, tied, capfd):
     model, ids = small(tied=tied, remat="block"), tokens(8, 6)

@@ -69,8 +69,9 @@ def ids(*shape: int) -> np.ndarray:
     return np.random.default_rng(3).integers(0, PLAIN.vocab_size, shape, dtype=np.int32)
 
 
-@pytest.mark.parametrize("first", [0, 100_003])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "first"), [("llama scaled tied", 0), ("llama scaled tied", 100_003), ("llama", 0), ("qwen2", 100_003)]
+)
 def test_logits_and_gradients(close, name, first):
     """Also far from the start, where a unit in the last place of a frequency would be an angle of 0.006."""
     tokens, places = ids(3, 17), first + np.arange(17)[None].repeat(3, 0)
