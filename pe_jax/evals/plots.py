@@ -13,7 +13,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072b2", "#d55e00", "#009e73", "#cc79a
 INK, GREY, RULE, FAINT = "#0f172a", "#64748b", "#cbd5e1", "#e2e8f0"
 FORMATS = ("png", "pdf", "svg")
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.labelsize": 9,
