@@ -7,12 +7,25 @@ from typing import Any, Protocol, runtime_checkable
 
 import ml_collections
 
+from pe_jax.evals.analysis import Analysis
 from pe_jax.evals.inference import Model
 from pe_jax.evals.probes import KNN, Attention, Linear, Logistic
 from pe_jax.evals.retrieval import Retrieval
 from pe_jax.evals.zero_shot import ZeroShot
 
-__all__ = ["KNN", "Attention", "Evaluator", "Linear", "Logistic", "Retrieval", "ZeroShot", "check", "create", "fields"]
+__all__ = [
+    "KNN",
+    "Analysis",
+    "Attention",
+    "Evaluator",
+    "Linear",
+    "Logistic",
+    "Retrieval",
+    "ZeroShot",
+    "check",
+    "create",
+    "fields",
+]
 
 _EVALUATORS: dict[str, type[Any]] = {
     "zero_shot": ZeroShot,
@@ -21,6 +34,7 @@ _EVALUATORS: dict[str, type[Any]] = {
     "logistic": Logistic,
     "attention": Attention,
     "retrieval": Retrieval,
+    "analysis": Analysis,
 }
 _OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's business
 
