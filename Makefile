@@ -1,5 +1,5 @@
 # Two commands to begin with: `make demo` and `make test`. Each makes .venv itself; all they need is Python 3.11-3.13.
-.PHONY: help demo test test-full parity curation aot lint types docs bench clean
+.PHONY: help demo test test-full parity curation aot explore lint types docs bench clean
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -16,6 +16,7 @@ help:
 	@echo "make parity     equality with torch, timm, open_clip, transformers; ARGS='-k word' chooses"
 	@echo "make curation   the tests of the Apache Beam program"
 	@echo "make aot        compile for TPU slices that are not here; needs no TPU"
+	@echo "make explore    the tests of the local web page, driven in a browser where Chromium is installed"
 	@echo "make test-full  the long tests too"
 	@echo "make bench      speed beside the peers"
 	@echo "make lint types docs clean"
@@ -38,8 +39,10 @@ help:
 	$(PYTHON) -m venv .venv-parity
 	$(PARITY)/python -m pip install --quiet --upgrade pip
 	$(PARITY)/python -m pip install --quiet "torch==2.13.0"
-	$(PARITY)/python -m pip install --quiet --no-deps "torchvision==0.28.0" "timm>=1.0.31" "open_clip_torch>=3.3"
-	$(PARITY)/python -m pip install --quiet -e ".[convert-test,dev]"
+	$(PARITY)/python -m pip install --quiet --no-deps "torchvision==0.28.0" "timm>=1.0.31" "open_clip_torch>=3.3" \
+		"clip-benchmark>=1.6.2"
+	@# CLIP_benchmark's accuracy cannot be computed with NumPy 2.4.
+	$(PARITY)/python -m pip install --quiet -e ".[convert-test,dev]" "numpy<2.4"
 	@touch $@
 
 # Beam holds Pillow and protobuf back, so it lives apart.
@@ -49,6 +52,15 @@ help:
 	$(PYTHON) -m venv .venv-curation
 	.venv-curation/bin/python -m pip install --quiet --upgrade pip
 	.venv-curation/bin/python -m pip install --quiet -e ".[curation,viz]" pytest beartype
+	@touch $@
+
+# Gradio holds Pillow back, so the web page's tests live apart.
+.venv-explore/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "pe_jax needs Python 3.11, 3.12 or 3.13 on PATH, or PYTHON=/path/to/python"; exit 1; }
+	@echo "Making .venv-explore with Gradio (a minute or two, once) ..."
+	$(PYTHON) -m venv .venv-explore
+	.venv-explore/bin/python -m pip install --quiet --upgrade pip
+	.venv-explore/bin/python -m pip install --quiet -e ".[explore]" pytest beartype playwright
 	@touch $@
 
 # libtpu compiles for TPUs without one; apart, so that jax elsewhere never looks for a TPU.
@@ -83,6 +95,9 @@ parity: .venv-parity/ready
 curation: .venv-curation/ready
 	.venv-curation/bin/python -m pytest tests/engine $(ARGS)
 
+explore: .venv-explore/ready
+	.venv-explore/bin/python -m pytest tests/test_explore.py --full -rs $(ARGS)
+
 aot: .venv-tpu/ready
 	.venv-tpu/bin/python -m pytest tests/tpu -rs -n 2 $(ARGS)
 
@@ -100,4 +115,4 @@ bench: .venv-parity/ready
 	$(PARITY)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf .venv .venv-parity .venv-curation .venv-tpu demo runs build *.egg-info
+	rm -rf .venv .venv-parity .venv-curation .venv-explore .venv-tpu demo runs build *.egg-info
