@@ -11,6 +11,7 @@ from pe_jax.evals.analysis import Analysis
 from pe_jax.evals.inference import Model
 from pe_jax.evals.probes import KNN, Attention, Linear, Logistic
 from pe_jax.evals.retrieval import Retrieval
+from pe_jax.evals.tracking import Tracking
 from pe_jax.evals.zero_shot import ZeroShot
 
 __all__ = [
@@ -34,6 +35,7 @@ _EVALUATORS: dict[str, type[Any]] = {
     "logistic": Logistic,
     "attention": Attention,
     "retrieval": Retrieval,
+    "tracking": Tracking,
     "analysis": Analysis,
 }
 _OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's business
