@@ -83,4 +83,4 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_SHOWN = ("top_share", "global_tokens", "distance", "norm_mean", "norm_max", "cosine_previous", "effective_rank")
+_SHOWN = ("top_share", "global_tokens", "distance", "norm_mean", "cosine_previous", "effective_rank")
