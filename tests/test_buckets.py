@@ -15,10 +15,12 @@ from flax import nnx
 from pe_jax import checkpoint, evaluate, hub, metrics, paths, profiling
 from pe_jax.data import sources
 from pe_jax.data.image import BadImage, read_bytes
+from pe_jax.data.video import BadVideo, sample
 from pe_jax.evals import features
 from pe_jax.models import zoo
 from pe_jax.types import split
 from tests import fake_gcs
+from tests.data import films
 
 pytestmark = fake_gcs.needs_gcsfs
 
@@ -194,6 +196,16 @@ def test_lists_and_folders_of_images_come_from_a_bucket_and_tars_are_refused(fol
         read_bytes(f"{folder}/none.png")
     with pytest.raises(ValueError, match="copy them there, or convert them to ArrayRecord"):
         sources.create({"name": "webdataset", "path": f"{folder}/a.tar"})
+
+
+def test_a_video_comes_from_a_bucket(folder):
+    root, data = paths.path(folder), films.film(count=9)
+    (root / "jump" / "a.mp4").write_bytes(data)
+    record = sources.create(sources.guess(folder))[0]
+    assert record == {"video": f"{folder}/jump/a.mp4", "cls": "jump", "caption": "jump"}
+    assert [films.number(frame) for frame in sample(record["video"], 3)] == [0, 4, 8]
+    with pytest.raises(BadVideo, match=r"none\.mp4 does not exist"):
+        sample(f"{folder}/none.mp4")
 
 
 def test_a_weights_file_is_fetched_once_and_a_directory_left_there(server, folder, tmp_path, monkeypatch):

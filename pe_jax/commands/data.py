@@ -4,8 +4,8 @@
   pe-jax data inspect data/digits/train.jsonl --sheet sheet.png
   pe-jax data convert "shards/train-{000..099}.tar" data/train --shards 64
 
-A source is a path (.jsonl, .csv, .tsv, .npz, .tar, .array_record, a folder of shards or of images) or a source config
-as JSON, such as '{"name": "tfds", "dataset": "mnist", "split": "test"}'.
+A source is a path (.jsonl, .csv, .tsv, .npz, .tar, .array_record, a folder of shards, images or videos) or a source
+config as JSON, such as '{"name": "tfds", "dataset": "mnist", "split": "test"}'.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import json
 import math
 import sys
 from typing import Any
+
+_TILE = 160  # pixels of a picture on a sheet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     digits.add_argument("--size", type=int, default=32, help="pixels, height and width (32)")
     digits.add_argument("--seed", type=int, default=0, help="of the split into train and test (0)")
 
-    inspect = actions.add_parser("inspect", help="count records and bad images, draw the first ones")
+    inspect = actions.add_parser("inspect", help="count records and bad images or videos, draw the first ones")
     inspect.add_argument("source", metavar="SOURCE", help="path or JSON")
     inspect.add_argument("--sheet", metavar="PNG", help="write the first records with their captions as a picture")
     inspect.add_argument("--show", type=int, default=24, help="records on the sheet (24)")
@@ -73,14 +75,19 @@ def _open(text: str) -> tuple[dict[str, Any], Any, Any]:
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    import PIL.Image
+
     from pe_jax.data import sources
     from pe_jax.data.image import BadImage, decode
+    from pe_jax.data.video import BadVideo, Reader
 
     config, source, captions = _open(args.source)
     count = min(args.limit or len(source), len(source))
     sizes: collections.Counter = collections.Counter()
     modes: collections.Counter = collections.Counter()
     fields: collections.Counter = collections.Counter()
+    codecs: collections.Counter = collections.Counter()
+    frames, rates = [], []
     bad, shown = [], []
     for i in _progress(range(count), "reading", quiet=args.json):
         where = source.where(i)
@@ -88,15 +95,24 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
             record = source[i]
             fields.update(record.keys())
             caption = captions(record, 0.0, where)
-            image = decode(record["image"])
-        except (BadImage, sources.BadRecord) as error:
+            if "video" in record:
+                video = Reader(record["video"])
+                pictures = [PIL.Image.fromarray(frame) for frame in video.sample()]
+                frames.append(len(video))
+                rates.append(video.fps)
+                codecs[video.codec] += 1
+                about = f"{len(video)} frames" + (f", {video.fps:.4g} a second" if video.fps else "")
+            else:
+                pictures, about = [decode(record["image"])], ""
+        except (BadImage, BadVideo, sources.BadRecord) as error:
             message = str(error)
             bad.append(message if where in message else f"{where}: {message}")
             continue
-        sizes[image.size] += 1
-        modes[image.mode] += 1
+        sizes[pictures[0].size] += 1
+        modes[pictures[0].mode] += 1
         if len(shown) < args.show:
-            shown.append((image, caption))
+            pictures = [_scaled(picture, _TILE) for picture in pictures]  # not whole, of which there may be gigabytes
+            shown.append((pictures, f"{about}: {caption}" if about else caption, caption))
     widths, heights = [w for w, _ in sizes] or [0], [h for _, h in sizes] or [0]
     result: dict[str, Any] = {
         "source": config["name"],
@@ -107,19 +123,27 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         "width": f"{min(widths)} to {max(widths)}",
         "height": f"{min(heights)} to {max(heights)}",
         "modes": ", ".join(f"{mode} ({n})" for mode, n in modes.most_common()),
-        "captions": [caption for _, caption in shown[:5]],
     }
+    if frames:
+        result |= {
+            "frames": f"{min(frames)} to {max(frames)}",
+            "fps": f"{min(rates):.4g} to {max(rates):.4g}",
+            "codecs": ", ".join(f"{codec} ({n})" for codec, n in codecs.most_common()),
+        }
+    result["captions"] = [caption for _, _, caption in shown[:5]]
     if bad:
         result["bad_records"] = bad if args.json else [*bad[:20], *([f"and {len(bad) - 20} more"] if bad[20:] else [])]
     if args.sheet:
         if not shown:
             raise ValueError("there is no good record to draw; leave out --sheet to see what is wrong.")
-        sheet(shown).save(args.sheet)
+        pairs = [(pictures, text) for pictures, text, _ in shown]
+        page = strips(pairs) if frames else sheet([(pictures[0], text) for pictures, text in pairs])
+        page.save(args.sheet)
         result["sheet"] = args.sheet
     return result
 
 
-def sheet(pairs: list[tuple[Any, str]], tile: int = 160) -> Any:
+def sheet(pairs: list[tuple[Any, str]], tile: int = _TILE) -> Any:
     """A PIL image of (image, caption) pairs in a grid, `tile` pixels each."""
     import PIL.Image
     import PIL.ImageDraw
@@ -132,14 +156,42 @@ def sheet(pairs: list[tuple[Any, str]], tile: int = 160) -> Any:
     draw, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(12)
     for k, (image, caption) in enumerate(pairs):
         x, y = gap + k % columns * (tile + gap), gap + k // columns * (tile + text + gap)
-        scale = tile / max(image.size)
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        small = image.convert("RGB").resize(
-            size, PIL.Image.Resampling.BILINEAR if scale < 1 else PIL.Image.Resampling.NEAREST
-        )
-        page.paste(small, (x + (tile - size[0]) // 2, y + (tile - size[1]) // 2))
+        small = _scaled(image, tile)
+        page.paste(small, (x + (tile - small.width) // 2, y + (tile - small.height) // 2))
         draw.multiline_text((x, y + tile + 2), _wrapped(caption, font, tile), fill="black", font=font, spacing=1)
     return page
+
+
+def strips(rows: list[tuple[list[Any], str]], tile: int = _TILE) -> Any:
+    """A PIL image of (frames, caption) pairs, one below the other, each frame at most `tile` pixels wide and high."""
+    import PIL.Image
+    import PIL.ImageDraw
+    import PIL.ImageFont
+
+    text, gap, between = 18, 8, 2
+    small = [[_scaled(frame, tile) for frame in frames] for frames, _ in rows]
+    widths = [sum(frame.width + between for frame in frames) - between for frames in small]
+    heights = [max(frame.height for frame in frames) for frames in small]
+    page = PIL.Image.new("RGB", (max(widths) + 2 * gap, sum(heights) + len(rows) * (text + gap) + gap), "white")
+    draw, font = PIL.ImageDraw.Draw(page), PIL.ImageFont.load_default(12)
+    top = gap
+    for frames, height, (_, caption) in zip(small, heights, rows, strict=True):
+        left = gap
+        for frame in frames:
+            page.paste(frame, (left, top))
+            left += frame.width + between
+        draw.text((gap, top + height + 2), _wrapped(caption, font, max(widths), 1), fill="black", font=font)
+        top += height + text + gap
+    return page
+
+
+def _scaled(image: Any, tile: int) -> Any:
+    import PIL.Image
+
+    scale = tile / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    how = PIL.Image.Resampling.BILINEAR if scale < 1 else PIL.Image.Resampling.NEAREST
+    return image.convert("RGB").resize(size, how)
 
 
 def _wrapped(text: str, font: Any, width: int, lines: int = 3) -> str:
@@ -180,7 +232,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         for i in range(begin, end):
             try:
                 record = source[i]
-                yield {**record, "image": _encoded(record["image"])}
+                yield record | {kind: _encoded(record[kind], kind) for kind in ("image", "video") if kind in record}
             except ValueError as error:
                 if not args.skip_bad:
                     raise ValueError(f"{error} Use --skip-bad to leave such records out.") from error
@@ -197,21 +249,23 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(out), "shards": shards, "kept": kept, "written_records": written, "left_out": len(bad)}
 
 
-def _encoded(image: Any) -> bytes:
-    """The encoded bytes of a record's image; an array becomes a PNG."""
+def _encoded(medium: Any, kind: str) -> bytes:
+    """The encoded bytes of a record's image or video; an image that is an array becomes a PNG."""
     import io
 
     import numpy as np
 
     from pe_jax.data.image import decode, read_bytes
 
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, np.ndarray):
+    if isinstance(medium, bytes):
+        return medium
+    if isinstance(medium, np.ndarray):
+        if kind == "video":
+            raise ValueError(f"a video of decoded frames {list(medium.shape)} cannot be converted; give its file.")
         buffer = io.BytesIO()
-        decode(image).save(buffer, "PNG")
+        decode(medium).save(buffer, "PNG")
         return buffer.getvalue()
-    return read_bytes(image)
+    return read_bytes(medium)
 
 
 def _progress(items: Any, what: str, quiet: bool) -> Any:

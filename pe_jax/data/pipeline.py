@@ -210,8 +210,8 @@ def examples(
     source = _open(_plain(source_config), "the source")
 
     def read(index: int) -> tuple[np.ndarray, sources_lib.Record]:
-        record = source.records[index]
-        image = _named(preprocess.pixels, source.records.where(index), record["image"])
+        record, where = source.records[index], source.records.where(index)
+        image = _named(preprocess.pixels, where, sources_lib.medium(record, "image", where))
         fields = {name: value for name, value in record.items() if name != "image"}
         return (preprocess.normalize(image) if pixels == "float" else image), fields
 
@@ -345,10 +345,11 @@ class _Stream:
         where = source.records.where(index)
         record = source.records[index]
         caption = source.captions(record, generator(self.seed, position, stream=1).random(), where)
+        image = sources_lib.medium(record, "image", where)
         if self.augment is None:
-            image = _named(self.squash.pixels, where, record["image"])
+            image = _named(self.squash.pixels, where, image)
         else:
-            image = _named(self.augment, where, record["image"], self.size, generator(self.seed, position))
+            image = _named(self.augment, where, image, self.size, generator(self.seed, position))
         return image, self.tokenizer(caption)[0]
 
     def _count(self, source: _Opened, index: int, error: ValueError) -> None:

@@ -1,6 +1,6 @@
 """Where records come from: each source is a random-access sequence of dicts of named fields.
 
-  JSONL, CSV    image paths and captions; the paths are relative to the file
+  JSONL, CSV    paths of images or videos, and captions; the paths are relative to the file
   karpathy      the JSON file of COCO's or Flickr30k's usual splits
   packed        NAME.jsonl beside NAME.npz, which holds the encoded images one after the other
   array_record  sharded ArrayRecord files in our own simple record format (`write_shard`), the form to train from
@@ -8,7 +8,8 @@
   tfds          a TensorFlow Datasets data set prepared as ArrayRecord, without TensorFlow (extra `data`)
   synthetic     random images, for dry runs
 
-A record has an `image` (encoded bytes, a path, or a uint8 array) and text in some other field; `Captions` says which.
+A record has an `image` (encoded bytes, a path, or a uint8 array) or a `video` (see `pe_jax.data.video.Reader`), and
+text in some other field; `Captions` says which.
 """
 
 import csv
@@ -32,9 +33,10 @@ import numpy as np
 from pe_jax import paths
 from pe_jax.data import tar_index
 from pe_jax.data.image import BadImage, read_bytes
+from pe_jax.data.video import ENDINGS as VIDEO_ENDINGS
 
 Record = dict[str, Any]
-IMAGE_FIELDS = ("image", "file", "path")
+MEDIUM_FIELDS = ("image", "video", "file", "path")
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "gif")
 
 
@@ -77,6 +79,13 @@ def create(config: Mapping[str, Any]) -> Source:
     if not len(source):
         raise ValueError(f"source {name!r} ({arguments.get('path', '')}) holds no record.")
     return source
+
+
+def medium(record: Mapping[str, Any], kind: str, where: str) -> Any:
+    """What a record has of `kind`, "image" or "video"; BadRecord if it has something else."""
+    if kind not in record:
+        raise BadRecord(f"{where} has no {kind}; its fields are {', '.join(record) or 'none'}.")
+    return record[kind]
 
 
 class Captions:
@@ -144,34 +153,36 @@ class Captions:
 
 
 class Jsonl:
-    """One JSON object a line, with the path of an image in `image` (or `file`, `path`).
+    """One JSON object a line, with the path of an image in `image` (or `file`, `path`), or of a video in `video`.
+
+    The ending tells images from videos where the field's name does not.
 
     Args:
       path: the .jsonl file.
-      image: field of the image's path.
+      image: field of the path.
       root: folder the paths start from; by default the folder of `path`.
     """
 
     def __init__(self, path: str, image: str | None = None, root: str | None = None):
         self.path, self.root = path, root if root is not None else os.path.dirname(path)
-        self.images = (image,) if image else IMAGE_FIELDS
+        self.media = (image,) if image else MEDIUM_FIELDS
         self.lines = _lines(path)
         if len(self):
-            _image_field(_parse(self.lines[0], self.where(0)), self.images, path)
+            _medium_field(_parse(self.lines[0], self.where(0)), self.media, path)
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> Record:
         record = _parse(self.lines[index], self.where(index))
-        return _with_image(record, self.images, self.root, self.where(index))
+        return _with_medium(record, self.media, self.root, self.where(index))
 
     def where(self, index: int) -> str:
         return f"{self.path} record {index}"
 
 
 class Folder:
-    """Images below a folder, by path: DIR/CLASS/NAME.jpg, with NAME.txt for a caption if it is there.
+    """Images and videos below a folder, by path: DIR/CLASS/NAME.jpg, with NAME.txt for a caption if it is there.
 
     A record has `cls`, the name of the first folder below `path` with "_" as spaces, where there is one, and `caption`,
     the text file's content or else the class.
@@ -184,22 +195,22 @@ class Folder:
         root = paths.path(path)
         paths.reach(root)
         if not root.is_dir():
-            raise ValueError(f"{path} is no folder; give one with images in it.")
+            raise ValueError(f"{path} is no folder; give one with images or videos in it.")
         self.path = str(root)
         below = str(root).removeprefix(paths.BUCKET)  # which the folders found in a bucket lack
         found = (
             os.path.relpath(os.path.join(folder, name), below) for folder, _, names in root.walk() for name in names
         )
         by_ending = [(name, os.path.splitext(name)[1].lower().lstrip(".")) for name in found]
-        self.images = sorted(name for name, ending in by_ending if ending in IMAGE_ENDINGS)
+        self.media = sorted(name for name, ending in by_ending if ending in IMAGE_ENDINGS + VIDEO_ENDINGS)
         self.texts = {name for name, ending in by_ending if ending == "txt"}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.media)
 
     def __getitem__(self, index: int) -> Record:
-        name = self.images[index]
-        record: Record = {"image": os.path.join(self.path, name)}
+        name = self.media[index]
+        record: Record = {_kind(name): os.path.join(self.path, name)}
         if os.sep in name:
             record["cls"] = record["caption"] = name.split(os.sep)[0].replace("_", " ")
         text = os.path.splitext(name)[0] + ".txt"
@@ -209,7 +220,7 @@ class Folder:
         return record
 
     def where(self, index: int) -> str:
-        return os.path.join(self.path, self.images[index])
+        return os.path.join(self.path, self.media[index])
 
 
 class Karpathy:
@@ -253,17 +264,17 @@ class Csv:
 
     Args:
       path: the .csv or .tsv file.
-      image: column of the image's path.
+      image: column of the path of an image or video; looked for and told apart as in `Jsonl`.
       root: folder the paths start from; by default the folder of `path`.
     """
 
     def __init__(self, path: str, image: str | None = None, root: str | None = None):
         self.path, self.root = path, root if root is not None else os.path.dirname(path)
-        self.images = (image,) if image else IMAGE_FIELDS
+        self.media = (image,) if image else MEDIUM_FIELDS
         text = _decode(_read(path), path)
         rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.endswith(".tsv") else ",")
         self.columns = [name.strip() for name in next(rows, [])]
-        _image_field(self.columns, self.images, path)
+        _medium_field(self.columns, self.media, path)
         self.rows = [tuple(row) for row in rows if row]
 
     def __len__(self) -> int:
@@ -274,7 +285,7 @@ class Csv:
         if len(row) != len(self.columns):
             raise BadRecord(f"{self.where(index)} has {len(row)} columns; the header has {len(self.columns)}.")
         record = dict(zip(self.columns, row, strict=True))
-        return _with_image(record, self.images, self.root, self.where(index))
+        return _with_medium(record, self.media, self.root, self.where(index))
 
     def where(self, index: int) -> str:
         return f"{self.path} row {index}"
@@ -414,7 +425,7 @@ class ArrayRecord:
 
 
 class WebDataset:
-    """Tar shards of samples whose files share a name up to the first dot: 0001.jpg, 0001.txt, 0001.json.
+    """Tar shards of samples whose files share a name up to the first dot: 0001.jpg (or .mp4), 0001.txt, 0001.json.
 
     The position of every file is found once and kept beside the shard (or in PE_JAX_CACHE where that is not writable);
     after that any record is one read away. The fields of a .json are the record's; .txt becomes `caption`, .cls
@@ -443,24 +454,26 @@ class WebDataset:
         return shard, index - int(self.starts[shard])
 
     def __getitem__(self, index: int) -> Record:
-        record = self.fields(index, images=True)
-        if "image" not in record:
-            raise BadRecord(f"{self.where(index)}: no image ({', '.join(IMAGE_ENDINGS)}); it has {sorted(record)}.")
+        record = self.fields(index, media=True)
+        if "image" not in record and "video" not in record:
+            wanted = f"no image ({', '.join(IMAGE_ENDINGS)}) and no video ({', '.join(VIDEO_ENDINGS)})"
+            raise BadRecord(f"{self.where(index)}: {wanted}; it has {sorted(record)}.")
         return record
 
-    def fields(self, index: int, images: bool = False) -> Record:
-        """Record `index`, by default without its image, which is most of what there is to read."""
+    def fields(self, index: int, media: bool = False) -> Record:
+        """Record `index`, by default without its image or video, which is most of what there is to read."""
         shard, row = self._place(index)
         endings, offsets, sizes = self.shards[shard]
         record: Record = {}
         for ending, offset, size in zip(endings, offsets[row].tolist(), sizes[row].tolist(), strict=True):
-            if offset < 0 or (ending in IMAGE_ENDINGS and not images):
+            kind = "image" if ending in IMAGE_ENDINGS else "video" if ending in VIDEO_ENDINGS else None
+            if offset < 0 or (kind and not media):
                 continue
             data = self._opened.read(self.paths[shard], offset, size)
             if len(data) != size:
                 raise BadRecord(f"{self.where(index)}: {self.paths[shard]} ends before the record does.")
-            if ending in IMAGE_ENDINGS:
-                record["image"] = data
+            if kind:
+                record[kind] = data
             elif ending == "json":
                 fields = _parse(data, self.where(index))
                 record = fields | record  # what has a file of its own wins
@@ -669,25 +682,32 @@ def _parse(line: bytes, where: str, kind: type[ValueError] = BadRecord) -> Recor
     return record
 
 
-def _image_field(names: Iterable[str], wanted: tuple[str, ...], where: str) -> str:
+def _medium_field(names: Iterable[str], wanted: tuple[str, ...], where: str) -> str:
     names = list(names)
     for name in wanted:
         if name in names:
             return name
     raise ValueError(
-        f"{where} has no image path: looked for {', '.join(wanted)}, found {', '.join(names) or 'nothing'}."
+        f"{where} has no image or video path: looked for {', '.join(wanted)}, found {', '.join(names) or 'nothing'}."
     )
 
 
-def _with_image(record: Record, wanted: tuple[str, ...], root: str, where: str) -> Record:
+def _with_medium(record: Record, wanted: tuple[str, ...], root: str, where: str) -> Record:
     try:
-        name = _image_field(record, wanted, where)
+        name = _medium_field(record, wanted, where)
     except ValueError as error:
         raise BadRecord(str(error)) from error
     value = record[name]
+    kind = "video" if name == "video" else "image"
     if not isinstance(value, str) or not value.strip():
-        raise BadRecord(f"{where}: the image path is {value!r:.80}.")
-    return {**record, "image": value if "://" in value else os.path.join(root, value)}
+        raise BadRecord(f"{where}: the {kind} path is {value!r:.80}.")
+    if _kind(value) == "video":
+        kind = "video"
+    return {**record, kind: value if "://" in value else os.path.join(root, value)}
+
+
+def _kind(name: str) -> str:
+    return "video" if os.path.splitext(name)[1].lower().lstrip(".") in VIDEO_ENDINGS else "image"
 
 
 def _shards(path: str | Sequence[str], ending: str) -> list[str]:

@@ -5,11 +5,13 @@ import json
 import os
 import time
 
+import numpy as np
 import pytest
 
 from pe_jax.commands import data
 from pe_jax.data import sources
 from pe_jax.data.image import Preprocess, decode
+from tests.data import films
 
 
 def call(capsys, *words) -> tuple[int, dict]:
@@ -99,3 +101,39 @@ def test_convert_turns_arrays_into_png(tmp_path, capsys):
 def test_more_shards_than_records_are_refused(small, tmp_path, capsys):
     with pytest.raises(ValueError, match="--shards 24 must lie between 1 and the number of records, 23"):
         call(capsys, "convert", small.config("jsonl")["path"], str(tmp_path / "out"), "--shards", "24")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A list of three videos, of which the last is none."""
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "wide.mp4").write_bytes(films.film(count=47, size=(96, 48)))
+    (folder / "high.webm").write_bytes(
+        films.film("webm", "libvpx-vp9", 12, size=(48, 64), options={"deadline": "realtime", "cpu-used": "8"})
+    )
+    (folder / "bad.mp4").write_bytes(b"none")
+    lines = [{"video": name, "caption": name} for name in ("wide.mp4", "high.webm", "bad.mp4")]
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "a.jsonl"
+
+
+def test_inspect_counts_videos_and_draws_eight_frames_of_each(videos, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    code, result = call(capsys, "inspect", str(videos), "--sheet", str(sheet))
+    assert code == 1 and result["bad"] == 1
+    assert "a.jsonl record 2: " in result["bad_records"][0] and "bad.mp4 is no video" in result["bad_records"][0]
+    assert (result["frames"], result["fps"]) == ("12 to 47", "25 to 25")
+    assert (result["width"], result["height"]) == ("48 to 96", "48 to 64")
+    assert result["codecs"] == "h264 (1), vp9 (1)" and result["captions"] == ["wide.mp4", "high.webm"]
+    page = decode(sheet).convert("RGB")
+    assert page.size == (8 * 162 - 2 + 16, (80 + 26) + (160 + 26) + 8)
+    shown = [films.number(np.asarray(page.crop((8 + 162 * i, 8, 168 + 162 * i, 88)))) for i in range(8)]
+    assert shown == [0, 6, 13, 19, 26, 32, 39, 46]
+
+
+def test_convert_keeps_the_bytes_of_videos(videos, tmp_path, capsys):
+    code, result = call(capsys, "convert", str(videos), str(tmp_path / "out"))
+    assert code == 0 and result["written_records"] == 3
+    source = sources.create({"name": "array_record", "path": str(tmp_path / "out")})
+    for i, name in enumerate(("wide.mp4", "high.webm", "bad.mp4")):
+        assert source[i] == {"caption": name, "video": (videos.parent / name).read_bytes()}

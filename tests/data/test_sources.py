@@ -1,6 +1,7 @@
 """Sources: one data set in every format, random access, and what is said about files that are wrong."""
 
 import csv
+import io
 import json
 import os
 import pathlib
@@ -133,7 +134,7 @@ def test_paths_start_from_the_root_and_the_image_field_can_be_named(tmp_path):
 
 def test_a_list_without_an_image_column_names_what_it_has(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"img": "1.png", "caption": "x"}\n')
-    with pytest.raises(ValueError, match="no image path: looked for image, file, path, found img, caption"):
+    with pytest.raises(ValueError, match="no image or video path: looked for image, video, file, path, found img"):
         create({"name": "jsonl", "path": str(tmp_path / "a.jsonl")})
     (tmp_path / "a.csv").write_text("img,caption\n1.png,x\n")
     with pytest.raises(ValueError, match="looked for picture, found img, caption"):
@@ -151,7 +152,7 @@ def test_a_damaged_line_is_a_bad_record_and_the_others_are_read(tmp_path):
         (1, "record 1 is not JSON"),
         (2, "is list in JSON"),
         (3, "image path is 3"),
-        (4, "no image path"),
+        (4, "no image or video path"),
     ):
         with pytest.raises(BadRecord, match=message):
             source[i]
@@ -398,3 +399,53 @@ def test_a_template_needs_one_place_for_the_name(templates):
 def test_what_a_source_gives_decodes(small):
     source = create(small.config("webdataset"))
     assert decode(source[4]["image"], source.where(4)).mode == "RGB"
+
+
+# ---- videos
+
+
+def test_videos_are_told_from_images_by_the_field_or_the_ending(tmp_path):
+    rows = [
+        {"video": "a.mp4", "caption": "x"},
+        {"video": "frames/7", "caption": "x"},
+        {"file": "b.WebM", "caption": "x"},
+        {"image": "c.jpg", "caption": "x"},
+        {"file": "d.png", "caption": "x"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [create({"name": "jsonl", "path": str(tmp_path / "a.jsonl")})[i] for i in range(5)]
+    kinds = [("video", "a.mp4"), ("video", "frames/7"), ("video", "b.WebM"), ("image", "c.jpg"), ("image", "d.png")]
+    for record, (kind, name) in zip(found, kinds, strict=True):
+        assert sources.medium(record, kind, "here") == str(tmp_path / name)
+        other = "image" if kind == "video" else "video"
+        with pytest.raises(BadRecord, match=f"here has no {other}; its fields are .*{kind}"):
+            sources.medium(record, other, "here")
+    (tmp_path / "a.csv").write_text("clip,sentence\nx/a.avi,words\n")
+    source = create({"name": "csv", "path": str(tmp_path / "a.csv"), "image": "clip", "root": "/data"})
+    assert source[0] == {"clip": "x/a.avi", "sentence": "words", "video": "/data/x/a.avi"}
+
+
+def test_a_folder_of_videos_has_their_classes_and_captions(tmp_path):
+    for name in ("long_jump/b.mp4", "long_jump/a.MKV", "archery/c.avi", "archery/d.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "archery" / "c.txt").write_text("An arrow flies.\n")
+    source = create({"name": "folder", "path": str(tmp_path)})
+    assert [source[i] for i in range(len(source))] == [
+        {"video": str(tmp_path / "archery/c.avi"), "cls": "archery", "caption": "An arrow flies."},
+        {"image": str(tmp_path / "archery/d.jpg"), "cls": "archery", "caption": "archery"},
+        {"video": str(tmp_path / "long_jump/a.MKV"), "cls": "long jump", "caption": "long jump"},
+        {"video": str(tmp_path / "long_jump/b.mp4"), "cls": "long jump", "caption": "long jump"},
+    ]
+
+
+def test_a_tar_of_videos_gives_their_bytes_only_when_asked(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("7.mp4", b"film"), ("7.json", b'{"human_caption": "a film"}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = create({"name": "webdataset", "path": str(tmp_path / "a.tar")})
+    assert isinstance(source, sources.WebDataset)
+    assert source[0] == {"human_caption": "a film", "video": b"film"}
+    assert source.fields(0) == {"human_caption": "a film"}
