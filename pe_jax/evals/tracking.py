@@ -24,6 +24,7 @@ from pe_jax.models.layers import resolve_layers
 
 RESIZES = ("squash", "short")
 EXACT = jax.lax.Precision.HIGHEST
+_TABLE = 1 << 24  # similarities held at once
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
@@ -88,34 +89,36 @@ def followed(
 
     Source: DINO's evaluation (arXiv 2104.14294), which PE uses.
     """
-    unit = _unit(tokens)
     slots, height, width, _ = memory.tokens.shape
-    radius = max(height, width) if settings.radius is None else settings.radius
-    reach = min(radius, height - 1)
-    ahead, labels = (jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0))) for x in (memory.tokens, memory.labels))
+    unit = _unit(tokens)
+    source, labels = (x.reshape(-1, x.shape[-1]) for x in (memory.tokens, memory.labels))
+    reach = max(height, width) if settings.radius is None else settings.radius
     filled = jnp.arange(slots) < memory.seen
-    columns = jnp.abs(jnp.arange(width)[:, None] - jnp.arange(width)) <= radius
 
-    def row(i: Array) -> Array:
-        """One row of tokens: what it may look at is a band of rows."""
-        near, own = (jax.lax.dynamic_slice_in_dim(x, i, 2 * reach + 1, 1) for x in (ahead, labels))
-        cosines = jnp.einsum("xd,krjd->xkrj", unit[i], near, precision=EXACT)
-        rows = i - reach + jnp.arange(2 * reach + 1)
-        inside = (rows >= 0) & (rows < height)
-        allowed = filled[:, None, None] & inside[:, None] & columns[:, None, None, :]
-        logits = jnp.where(allowed, cosines / settings.temperature, -jnp.inf).reshape(width, -1)
-        best = jax.lax.top_k(logits, min(settings.neighbours, logits.shape[1]))[0]
+    def one(token: tuple[Array, Array, Array]) -> Array:
+        own, y, x = token
+        near = (jnp.abs(jnp.arange(height) - y) <= reach)[:, None] & (jnp.abs(jnp.arange(width) - x) <= reach)
+        allowed = (filled[:, None, None] & near).reshape(-1)
+        logits = jnp.where(allowed, jnp.dot(source, own, precision=EXACT) / settings.temperature, -jnp.inf)
         # All that are as good as the last of the best count, as in the published evaluation.
-        weights = jnp.where(logits >= best[:, -1:], jnp.exp(logits - best[:, :1]), 0)
-        weights = weights / weights.sum(1, keepdims=True)
-        return jnp.einsum("xs,sc->xc", weights, own.reshape(-1, own.shape[-1]), precision=EXACT)
+        weights = jnp.where(logits >= _least(logits, settings.neighbours), jnp.exp(logits - logits.max()), 0)
+        return jnp.dot(weights / weights.sum(), labels, precision=EXACT)
 
-    found = jax.lax.map(row, jnp.arange(height))
+    y, x = jnp.mgrid[:height, :width].reshape(2, -1)
+    together = min(height * width, max(1, _TABLE // len(source)))
+    found = jax.lax.map(one, (unit.reshape(len(y), -1), y, x), batch_size=together)
+    found = found.reshape(height, width, -1)
     slot = 1 + (memory.seen - 1) % settings.previous
-    return (
-        Memory(memory.tokens.at[slot].set(unit), memory.labels.at[slot].set(found), memory.seen + 1),
-        found,
-    )
+    memory = Memory(memory.tokens.at[slot].set(unit), memory.labels.at[slot].set(found), memory.seen + 1)
+    return memory, found
+
+
+def _least(x: Float[Array, "S"], count: int) -> Float[Array, ""]:
+    """The `count`-th greatest: by plain reductions, for a sort takes ten times as long in a loop."""
+    level = jnp.float32(jnp.inf)
+    for _ in range(count):
+        level = jnp.where((x >= level).sum() >= count, level, jnp.where(x < level, x, -jnp.inf).max())
+    return level
 
 
 def masks(labels: Float[Array, "H W C"], size: tuple[int, int]) -> UInt8[Array, "A B"]:
@@ -300,7 +303,7 @@ class Tracking:
 
         size = min(self.batch_size, len(clip))
         for tokens, count in inference.batches(model, forward, clip.frames, pixels, size):
-            yield from follower(tokens, labels)[:count]
+            yield from follower(tokens, labels)[:, :count].swapaxes(0, 1)
 
     def _preprocess(self, model: inference.Model, size: tuple[int, int], patch: int) -> Preprocess:
         own = dataclasses.replace(inference.preprocess_of(model, self.image_size), mode="squash")
@@ -325,7 +328,7 @@ class _Follower:
         self._memory: Memory | None = None
 
     def __call__(self, tokens: Float[Array, "Y B H W D"], labels: Float[np.ndarray, "H W C"]) -> np.ndarray:
-        """[B, Y, A, B] masks of a batch of frames, which follow those before."""
+        """[Y, B, A, B] masks of a batch of frames, which follow those before."""
         if self._own is not None:
             tokens = jnp.pad(tokens, ((0, self._rows - self._layers), *((0, 0),) * 4))
             tokens = jax.device_put(tokens, self._own)
@@ -337,26 +340,29 @@ class _Follower:
         found = np.asarray(found)
         if fresh:
             same = np.asarray(masks(jnp.asarray(labels), self._size))
-            found = np.concatenate([np.broadcast_to(same, (1, *found.shape[1:])), found])
-        return found[:, : self._layers]
+            found = np.concatenate([np.broadcast_to(same, (len(found), 1, *self._size)), found], 1)
+        return found[: self._layers]
 
 
 @functools.lru_cache(maxsize=16)
 def _programs(
     settings: Settings, size: tuple[int, int], own: NamedSharding | None, whole: NamedSharding | None
 ) -> tuple[Callable[..., Memory], Callable[..., tuple[Memory, Array]]]:
-    @functools.partial(jax.jit, out_shardings=own)
-    def begin(tokens: Float[Array, "Y H W D"], labels: Float[Array, "H W C"]) -> Memory:
+    def first(tokens: Float[Array, "Y H W D"], labels: Float[Array, "H W C"]) -> Memory:
         return jax.vmap(remembered, in_axes=(0, None, None))(tokens, labels, settings)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(own, whole))
-    def go(memory: Memory, tokens: Float[Array, "Y B H W D"]) -> tuple[Memory, Array]:
+    def rest(memory: Memory, tokens: Float[Array, "Y B H W D"]) -> tuple[Memory, Array]:
         def step(memory: Memory, frame: Array) -> tuple[Memory, Array]:
-            memory, labels = jax.vmap(lambda m, t: followed(m, t, settings))(memory, frame)
-            return memory, jax.vmap(lambda one: masks(one, size))(labels)
+            memory, labels = followed(memory, frame, settings)
+            return memory, masks(labels, size)
 
-        return jax.lax.scan(step, memory, tokens.swapaxes(0, 1))
+        return jax.lax.map(lambda layer: jax.lax.scan(step, *layer), (memory, tokens))  # each device layer by layer
 
+    if own is not None:
+        part, mesh = own.spec, own.mesh
+        rest = jax.shard_map(rest, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)
+    begin = jax.jit(first, out_shardings=own)
+    go = jax.jit(rest, donate_argnums=0, out_shardings=(own, whole))
     return begin, go
 
 
