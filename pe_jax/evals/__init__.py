@@ -12,6 +12,7 @@ from pe_jax.evals.inference import Model
 from pe_jax.evals.probes import KNN, Attention, Linear, Logistic
 from pe_jax.evals.retrieval import Retrieval
 from pe_jax.evals.tracking import Tracking
+from pe_jax.evals.video import VideoRetrieval, VideoZeroShot
 from pe_jax.evals.zero_shot import ZeroShot
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "Linear",
     "Logistic",
     "Retrieval",
+    "VideoRetrieval",
+    "VideoZeroShot",
     "ZeroShot",
     "check",
     "create",
@@ -35,6 +38,8 @@ _EVALUATORS: dict[str, type[Any]] = {
     "logistic": Logistic,
     "attention": Attention,
     "retrieval": Retrieval,
+    "video_zero_shot": VideoZeroShot,
+    "video_retrieval": VideoRetrieval,
     "tracking": Tracking,
     "analysis": Analysis,
 }

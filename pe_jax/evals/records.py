@@ -1,4 +1,4 @@
-"""Labelled or captioned images for evaluators: the fields of a data source's records, by name.
+"""Labelled or captioned images and videos for evaluators: the fields of a data source's records, by name.
 
 An evaluator's `data` is a source as in a run's `data.sources`, with four fields of its own:
 
@@ -25,11 +25,11 @@ CAPTIONS = ("captions", "caption", "text", "txt")
 _OWN = ("label", "caption", "caption_lines", "limit")
 
 
-class Images(Sequence[Any]):
-    """The images of a source's first `count` records, read one at a time when they are asked for."""
+class Media(Sequence[Any]):
+    """The images, or videos, of a source's first `count` records, read one at a time when they are asked for."""
 
-    def __init__(self, source: sources.Source, count: int):
-        self._source, self._count = source, count
+    def __init__(self, source: sources.Source, count: int, kind: str = "image"):
+        self._source, self._count, self._kind = source, count, kind
 
     def __len__(self) -> int:
         return self._count
@@ -37,7 +37,7 @@ class Images(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return self._source[index]["image"]
+        return sources.medium(self._source[index], self._kind, self._source.where(index))
 
 
 class Chosen(Sequence[Any]):
@@ -67,8 +67,13 @@ class Records:
         return len(self.source) if self.limit is None else min(self.limit, len(self.source))
 
     @property
-    def images(self) -> Images:
-        return Images(self.source, len(self))
+    def images(self) -> Media:
+        return Media(self.source, len(self))
+
+    @property
+    def videos(self) -> Media:
+        """What `pe_jax.data.video.Reader` takes."""
+        return Media(self.source, len(self), "video")
 
     def labels(self, classes: Sequence[str] | None = None, *, others: bool = False) -> Int64[np.ndarray, "N"]:
         """[N] class of each record: the integer that is there, or the place of its name among `classes`.
