@@ -9,7 +9,7 @@ unless a place says which, as "imagenet2012:validation" does):
   Karpathy        NAME/dataset*.json beside the images
   table           NAME/SPLIT.jsonl, .csv, .tsv or .npz with .jsonl; or NAME.jsonl and so on
   shards          NAME/SPLIT/*.tar or *.array_record
-  images          NAME/SPLIT/CLASS/*.jpg, or NAME/CLASS/*.jpg
+  images          NAME/SPLIT/CLASS/*.jpg, or NAME/CLASS/*.jpg; videos likewise
 
 Class names are the lines of NAME/classnames.txt, else NAME/classes.json, else TFDS's, else the folders' names or the
 field `cls`; prompts of its own, those of NAME/zeroshot_classification_templates.txt.

@@ -82,7 +82,7 @@ def recalls(
     of its own; equal ones are right for the same media.
 
     Args:
-      media: unit embeddings of images or videos.
+      media: unit embeddings of images; of videos, the mean of unit frames, which is shorter.
       texts: the unit embedding of every caption.
       captions: of each medium, one or more.
       ks: places that still count as found.
