@@ -237,13 +237,13 @@ class Reader:
                 begin = bisect.bisect_left(times, key)  # the key itself, unless an edit list leaves it out
                 if coming < begin or coming < 0:
                     container.seek(self._keys[key], stream=stream)
-                    frames, coming, sought = container.decode(stream), begin, True
+                    frames, coming = container.decode(stream), begin
                 for frame in frames:
-                    if frame.pts is not None and frame.pts < times[begin] and sought:
+                    if coming == begin and frame.pts is not None and frame.pts < times[begin]:
                         continue  # the seek went further back
                     if frame.pts != times[coming]:
                         return None
-                    coming, sought = coming + 1, False
+                    coming += 1
                     if coming > place:
                         found[place] = self._pixels(frame, place)
                         break

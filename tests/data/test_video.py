@@ -97,18 +97,39 @@ def test_a_wrong_number_of_frames_in_the_header_is_not_believed(made):
     assert len(Reader(data)) == 47 and Reader(data).fps == pytest.approx(25)
 
 
-def test_two_frames_of_one_time_are_two_frames(tmp_path):
+@pytest.mark.parametrize("second", [20, 24])  # 24 is a keyframe
+def test_two_frames_of_one_time_are_two_frames(tmp_path, second):
     def change(i, packet):
         packet.dts = packet.pts - 100
-        packet.pts -= 40 * (i == 20)
+        packet.pts -= 40 * (i == second)
         return packet
 
-    once = films.film("matroska", options={"x264-params": "bframes=0"})
+    once = films.film("matroska", options={"x264-params": "scenecut=0:keyint=12:bframes=0"})
     data = films.packets(once, "matroska", change, tmp_path / "a.mkv")
     with av.open(io.BytesIO(data)) as container:
         times = [packet.pts for packet in container.demux(video=0) if packet.size]
     assert len(set(times)) == 46
     assert len(Reader(data)) == 47 and [films.number(frame) for frame in sample(data)] == CHOSEN
+    for i in range(second - 2, second + 3):
+        assert films.number(Reader(data).read([i])[0]) == i
+
+
+def test_frames_that_an_edit_list_leaves_out_do_not_count(plain, tmp_path):
+    """As in a clip cut without encoding it again: frames 0 to 4 are there because the others refer to them."""
+
+    def change(i, packet):
+        step = round(1 / 25 / packet.time_base)
+        packet.pts, packet.dts = packet.pts - 5 * step, packet.dts - 5 * step
+        return packet
+
+    data = films.packets(plain, "mp4", change, tmp_path / "a.mp4", {"avoid_negative_ts": "disabled"})
+    with av.open(io.BytesIO(data)) as container:
+        assert sum(packet.is_discard for packet in container.demux(video=0)) == 5
+    assert [films.number(frame) for frame in films.whole(data)] == list(range(5, 47))
+    reader = Reader(data)
+    assert len(reader) == 42 and [films.number(frame) for frame in reader.read(range(42))] == list(range(5, 47))
+    assert films.number(Reader(data).read([2])[0]) == 7
+    assert reader._times  # found by their times, without decoding the whole
 
 
 @pytest.mark.parametrize("container", ["mp4", "mpegts"])
@@ -121,12 +142,15 @@ def test_a_stream_that_begins_in_the_middle_has_the_frames_that_can_be_decoded(p
     assert [films.number(frame) for frame in sample(data)] == [shown[i] for i in places(35)]
 
 
-def test_keyframes_that_are_none_are_noticed_and_the_whole_is_decoded(made):
-    data = made("hevc, open groups").replace(b"stss", b"free")  # without the list of keyframes, each counts as one
+def test_keyframes_that_are_none_are_noticed_and_the_whole_is_decoded():
+    options = {"x265-params": "log-level=none:open-gop=0:bframes=0:keyint=12"}
+    data = films.film("mp4", "libx265", options=options).replace(b"stss", b"free")  # without their list, each is one
     reader = Reader(data)
     assert reader._times and len(reader._keys) == 47
     assert [films.number(frame) for frame in reader.sample()] == CHOSEN
     assert not reader._times
+    for i in (6, 13):  # of which FFmpeg gives the next keyframe
+        assert films.number(Reader(data).read([i])[0]) == i
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(1, [0] * 8), (3, [0, 0, 0, 0, 1, 1, 1, 2]), (8, list(range(8)))])
@@ -255,6 +279,22 @@ def test_a_damaged_file_is_named(plain, tmp_path):
     path.write_bytes(plain[:start] + bytes(200) + plain[start + 200 :])
     with pytest.raises(BadVideo, match=rf"{path} (cannot be decoded|is damaged at frame \d+)"):
         sample(path)
+
+
+def test_a_frame_that_ffmpeg_mends_as_well_as_it_can_is_an_error(made):
+    whole, mended = made("mkv, open groups"), None
+    for start in range(len(whole) // 4, len(whole) - 60, 40):
+        data = whole[:start] + bytes(60) + whole[start + 60 :]
+        try:
+            with av.open(io.BytesIO(data)) as container:
+                mended = next((i for i, f in enumerate(container.decode(video=0)) if f.is_corrupt), None)
+        except av.FFmpegError:
+            continue
+        if mended is not None:
+            break
+    assert mended is not None
+    with pytest.raises(BadVideo, match=rf"video of {len(data)} bytes is damaged at frame {mended}\."):
+        Reader(data).read([mended])
 
 
 @pytest.mark.parametrize(
