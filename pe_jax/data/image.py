@@ -214,6 +214,20 @@ class Augment:
             image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
         return np.array(image)
 
+    def map(self, values: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """A map of the image's pixels, such as a mask, under the crop and flip that `rng` gives the image.
+
+        Args:
+          values: [H, W] of the image's height and width, int32 or float32.
+          size: (height, width) of the result, brought there by nearest neighbour.
+          rng: in the state in which the image's call is given it.
+        """
+        crop, (flip, *_) = rng.random((10, 4)), rng.random(4)
+        image = PIL.Image.fromarray(values)
+        box = None if self.crop_scale is None else _random_box(image.size, self.crop_scale, self.crop_ratio, crop)
+        found = np.array(image.resize((size[1], size[0]), PIL.Image.Resampling.NEAREST, box))
+        return found[:, ::-1] if flip < self.hflip else found
+
 
 def generator(seed: int, position: int, stream: int = 0) -> np.random.Generator:
     """A counter-based generator for one record: a function of its three arguments alone, not of what ran before.

@@ -6,6 +6,8 @@
   array_record  sharded ArrayRecord files in our own simple record format (`write_shard`), the form to train from
   webdataset    tar shards read in place through an index of offsets
   tfds          a TensorFlow Datasets data set prepared as ArrayRecord, without TensorFlow (extra `data`)
+  pairs         a folder of images and one of maps of their pixels: masks, depths (`pe_jax.data.pairs`)
+  listed        a list of images and depths, as NYUv2's
   synthetic     random images, for dry runs
 
 A record has an `image` (encoded bytes, a path, or a uint8 array) or a `video` (see `pe_jax.data.video.Reader`), and
@@ -31,7 +33,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from pe_jax import paths
-from pe_jax.data import tar_index
+from pe_jax.data import pairs, tar_index
 from pe_jax.data.image import BadImage, read_bytes
 from pe_jax.data.video import ENDINGS as VIDEO_ENDINGS
 
@@ -593,6 +595,8 @@ SOURCES = {
     "array_record": ArrayRecord,
     "webdataset": WebDataset,
     "tfds": Tfds,
+    "pairs": pairs.Folders,
+    "listed": pairs.Listed,
     "synthetic": Synthetic,
 }
 

@@ -8,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import ml_collections
 
 from pe_jax.evals.analysis import Analysis
+from pe_jax.evals.depth import Depth
 from pe_jax.evals.inference import Model
 from pe_jax.evals.probes import KNN, Attention, Linear, Logistic
 from pe_jax.evals.retrieval import Retrieval
+from pe_jax.evals.segmentation import Segmentation
 from pe_jax.evals.tracking import Tracking
 from pe_jax.evals.video import VideoRetrieval, VideoZeroShot
 from pe_jax.evals.zero_shot import ZeroShot
@@ -19,10 +21,13 @@ __all__ = [
     "KNN",
     "Analysis",
     "Attention",
+    "Depth",
     "Evaluator",
     "Linear",
     "Logistic",
     "Retrieval",
+    "Segmentation",
+    "Tracking",
     "VideoRetrieval",
     "VideoZeroShot",
     "ZeroShot",
@@ -40,6 +45,8 @@ _EVALUATORS: dict[str, type[Any]] = {
     "retrieval": Retrieval,
     "video_zero_shot": VideoZeroShot,
     "video_retrieval": VideoRetrieval,
+    "segmentation": Segmentation,
+    "depth": Depth,
     "tracking": Tracking,
     "analysis": Analysis,
 }

@@ -66,6 +66,7 @@ def fit(
     transform: optax.GradientTransformation,
     mesh: Mesh | None = None,
     seed: int = 0,
+    watch: Callable[[int, Fitted], None] | None = None,
 ) -> Fitted:
     """Trains one head for each layer and rate, on batches that all of them share.
 
@@ -82,6 +83,8 @@ def fit(
         optax.scale_by_learning_rate(schedule))` with a schedule that peaks at 1 does; each head's rate multiplies it.
       mesh: its devices share the heads; None computes where the features are.
       seed: of `init` and of `loss`'s keys, which differ from step to step and are the same for all heads.
+      watch: called after each update with its number, from 1, and the heads as they are, without losses; the next
+        update takes their arrays.
 
     Raises:
       ValueError: for no layer, no rate or one that is not positive, no batch, or features without Y entries.
@@ -103,6 +106,8 @@ def fit(
         losses.append(value)
         if step:  # waits for the update before, so that not more than two batches of features are held
             losses[step - 1] = np.asarray(losses[step - 1], np.float32)
+        if watch is not None:
+            watch(step + 1, Fitted(carry[0], carry[1], np.empty((0, layers, len(rates)), np.float32), mesh))
     if not losses:
         raise ValueError("there is nothing to fit on: `batches` gave none.")
     params, state, _ = carry

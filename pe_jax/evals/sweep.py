@@ -316,7 +316,7 @@ class Sweep:
                 return preprocess.pixels(image)
             return augment(image, preprocess.shape, generator(order.seed, position), preprocess)
 
-        for step, (found, _) in enumerate(self._passes(what, _Padded(order.steps, order.size, self._ways), load)):
+        for step, (found, _) in enumerate(self._passes(what, Padded(order.steps, order.size, self._ways), load)):
             yield found[:, : order.size], labels[order.batch(step)]
             self.images += order.size
 
@@ -338,7 +338,7 @@ class Sweep:
             "float32" if what == "pooled" else self.config.dtype,
             what == "pooled" and self.task.pooler,
         )
-        size = rows.batch if isinstance(rows, _Padded) else min(self.task.batch_size, len(rows))
+        size = rows.batch if isinstance(rows, Padded) else min(self.task.batch_size, len(rows))
         return inference.batches(self.model, forward, rows, load, size, replicate=False)
 
 
@@ -383,7 +383,7 @@ class Epochs(Sequence[int]):
         return generator(self.seed, epoch, stream=1).permutation(self._count)
 
 
-class _Padded(Sequence[Any]):
+class Padded(Sequence[Any]):
     """Positions in batches of `size`, brought up by None to a multiple of the ways that a mesh cuts a batch."""
 
     def __init__(self, steps: int, size: int, ways: int):

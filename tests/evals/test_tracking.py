@@ -10,15 +10,11 @@ import pytest
 from flax import nnx
 
 from pe_jax import evals, sharding
-from pe_jax.data.image import Preprocess
 from pe_jax.evals import davis, tracking
 from pe_jax.evals.tracking import Settings, Tracking
-from pe_jax.models import zoo
-from pe_jax.models.layers import resolve_layers
-from pe_jax.models.vision import VisionTower
 from pe_jax.types import split
-
-DEPTH, PATCH = 3, 4
+from tests.evals import planted as planting
+from tests.evals.planted import PATCH
 
 
 def plain(frames, first, settings):
@@ -87,34 +83,9 @@ def test_nearest_is_pillows():
 # ---- clips ---------------------------------------------------------------------------------------------------------
 
 
-class Planted(VisionTower):
-    """A tower whose block `planted_layer` alone tells what is at a patch: the red of its first pixel, as a code."""
-
-    planted_layer = 0
-
-    def features(self, images, layers=(-1,), class_token=True, key=None):
-        found = super().features(images, layers, True, key)
-        patch = self.config.patch_size
-        shade = jnp.round(255 * (images[:, ::patch, ::patch, 0] + 1) / 2).astype(int)
-        codes = 100 * jax.random.normal(jax.random.key(7), (256, self.config.width))
-        told = codes[shade].reshape(len(images), -1, self.config.width)
-        for asked, layer in zip(layers, resolve_layers(layers, self.config.depth), strict=True):
-            if layer == self.planted_layer:
-                found[asked] = found[asked].at[:, 1:].add(told)
-        return {layer: tokens[:, int(not class_token) :] for layer, tokens in found.items()}
-
-
 @pytest.fixture(scope="module")
 def planted():
-    config = zoo.VisionConfig(
-        image_size=32, patch_size=PATCH, width=24, depth=DEPTH, heads=2, mlp_width=40, class_token=True, pool="none",
-        output_width=None,
-    )  # fmt: skip
-    params = jax.jit(lambda: split(Planted(config, rngs=nnx.Rngs(0)))[1])()
-    tower = nnx.merge(split(nnx.eval_shape(lambda: Planted(config, rngs=nnx.Rngs(0))))[0], params)
-    tower.planted_layer = 2
-    tower.preprocess = Preprocess(32)
-    return tower
+    return planting.planted(2)
 
 
 def moving(folder, name, frames=10, size=32, objects=((8, 0, 8), (20, 4, 4)), frame_size=None):
