@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import ml_collections
 
 from pe_jax.evals.analysis import Analysis
+from pe_jax.evals.correspondence import Correspondence
 from pe_jax.evals.depth import Depth
 from pe_jax.evals.inference import Model
 from pe_jax.evals.probes import KNN, Attention, Linear, Logistic
@@ -21,6 +22,7 @@ __all__ = [
     "KNN",
     "Analysis",
     "Attention",
+    "Correspondence",
     "Depth",
     "Evaluator",
     "Linear",
@@ -48,6 +50,7 @@ _EVALUATORS: dict[str, type[Any]] = {
     "segmentation": Segmentation,
     "depth": Depth,
     "tracking": Tracking,
+    "correspondence": Correspondence,
     "analysis": Analysis,
 }
 _OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's business
