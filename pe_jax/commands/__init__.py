@@ -1,6 +1,8 @@
 """The commands of `pe-jax`, one module each; see `pe_jax.cli`. Here is what several of them share."""
 
 import argparse
+import sys
+import time
 from typing import Any
 
 
@@ -20,3 +22,47 @@ def load_model(args: argparse.Namespace, mesh_shape: Any = None, devices: Any = 
 
     mesh = pe_jax.make_mesh(mesh_shape, devices) if len(devices or jax.devices()) > 1 else None
     return pe_jax.load(args.model, args.weights, offline=args.offline, dtype=args.dtype, mesh=mesh)
+
+
+class Bars:
+    """Where a long run is, on stderr: bars in a terminal, elsewhere a line a stage and every half minute.
+
+    Called with what is being done, how much of it is done and of how much; a total of 0 tells a fact.
+    """
+
+    def __init__(self, every_seconds: float = 30.0):
+        self._every, self._bars, self._tasks = every_seconds, None, {}
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._told = 0.0
+
+    def __enter__(self) -> "Bars":
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            columns = (
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+            )  # fmt: skip
+            self._bars = progress.Progress(*columns, console=Console(stderr=True))
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not total:
+            self._bars.console.print(stage) if self._bars else print(stage, file=sys.stderr, flush=True)
+        elif self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done)
+        else:
+            now = time.monotonic()
+            first, start = self._begun.setdefault(stage, (now, done))
+            if done > start and (done == total or now - self._told >= self._every):
+                self._told = now
+                left = round((total - done) * (now - first) / (done - start))
+                print(f"{stage}: {done:,} of {total:,}, {left // 60}:{left % 60:02} left", file=sys.stderr, flush=True)

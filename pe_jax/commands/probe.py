@@ -13,11 +13,10 @@ penalty) is the best one on --tune, or without it on --data, as in the published
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
 
-from pe_jax.commands import add_model_arguments, load_model
+from pe_jax.commands import Bars, add_model_arguments, load_model
 
 PROBES = ("knn", "linear", "logistic", "attention")
 NEIGHBOURS = (10, 20, 100, 200)
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if paths.is_bucket(args.out):
         raise ValueError(f"--out {args.out} is in a bucket; features are mapped from the disk of this machine.")
     out.mkdir(parents=True, exist_ok=True)
-    with _Bars() as bars:
+    with Bars() as bars:
         found = sweep.run(
             model, probes, out / "features", dtype=args.save_dtype, max_bytes=1e9 * args.max_gb, progress=bars
         )
@@ -183,44 +182,3 @@ def _print(found: Any, title: str) -> None:
     if shared:
         tera = shared["tower_flops"] / 1e12
         print(f"Pooled features, for all: {shared['seconds']:,.1f} s, {tera:,.3g} TFLOPs, {shared['images']:,} images.")
-
-
-class _Bars:
-    """Where a sweep is, on stderr: bars in a terminal, elsewhere a line a stage and every half minute."""
-
-    def __init__(self, every_seconds: float = 30.0):
-        self._every, self._bars, self._tasks = every_seconds, None, {}
-        self._begun: dict[str, tuple[float, int]] = {}
-        self._told = 0.0
-
-    def __enter__(self) -> "_Bars":
-        if sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            columns = (
-                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-                progress.TimeRemainingColumn(),
-            )  # fmt: skip
-            self._bars = progress.Progress(*columns, console=Console(stderr=True))
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if not total:
-            self._bars.console.print(stage) if self._bars else print(stage, file=sys.stderr, flush=True)
-        elif self._bars is not None:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=total)
-            self._bars.update(self._tasks[stage], completed=done)
-        else:
-            now = time.monotonic()
-            first, start = self._begun.setdefault(stage, (now, done))
-            if done > start and (done == total or now - self._told >= self._every):
-                self._told = now
-                left = round((total - done) * (now - first) / (done - start))
-                print(f"{stage}: {done:,} of {total:,}, {left // 60}:{left % 60:02} left", file=sys.stderr, flush=True)

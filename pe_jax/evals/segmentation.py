@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,13 +78,7 @@ class Segmentation(DenseProbe):
         """
         work = Work(self, model, "mask", progress)
         numbers = self._numbers(work)
-        table = np.full(max(numbers) + 1, IGNORED, np.int32)
-        table[list(numbers)] = np.arange(len(numbers))
-
-        def target(labels: np.ndarray) -> np.ndarray:
-            inside = (labels >= 0) & (labels < len(table))
-            return np.where(inside, table[np.where(inside, labels, 0)], IGNORED)
-
+        target = lookup(numbers)
         head = dense_heads.segmentation(work.width, len(numbers), work.grid, work.side, self.dropout)
         fitted, facts = work.fit(head, lambda row: target(work.train.labels(row)))
         counts = np.zeros((len(work.layers), len(self.rates), 3, len(numbers)), np.int64)
@@ -125,6 +119,18 @@ class Segmentation(DenseProbe):
         if len(found) < 2 or min(found) < 0:
             raise ValueError(f"the classes are {sorted(found)}; want two or more numbers of masks, none negative.")
         return tuple(sorted(found))
+
+
+def lookup(numbers: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
+    """From a mask to classes, the places of its numbers among `numbers`; others become `IGNORED`."""
+    table = np.full(max(numbers) + 1, IGNORED, np.int32)
+    table[list(numbers)] = np.arange(len(numbers))
+
+    def target(labels: np.ndarray) -> np.ndarray:
+        inside = (labels >= 0) & (labels < len(table))
+        return np.where(inside, table[np.where(inside, labels, 0)], IGNORED)
+
+    return target
 
 
 @jax.jit

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from sklearn.metrics import confusion_matrix
 
-from pe_jax import evals, sharding
+from pe_jax import checkpoint, cli, evals, sharding
 from pe_jax.evals import dense, maps
 from pe_jax.evals.depth import EIGEN, Depth
 from pe_jax.evals.segmentation import Segmentation
+from pe_jax.models import zoo
 from pe_jax.types import split
 from tests.evals.planted import DEPTH, PATCH, planted
 
@@ -218,3 +219,47 @@ def test_what_cannot_be_is_refused(data, tower, segmented, measured):
         dataclasses.replace(segmented[0], classes=(100, 101, 102)).run(tower)
     with pytest.raises(ValueError, match="no pixel of `data` has a depth"):
         dataclasses.replace(measured[0], data=data["data"] | {"units_per_metre": 1e-3}).run(tower)
+
+
+@pytest.fixture
+def command(tower, tmp_path, capsys):
+    """Runs `pe-jax dense` on saved weights; gives its exit code, what it printed, and the folder it wrote."""
+    metadata = {"architecture": zoo.to_dict(tower.config), "preprocess": tower.preprocess.to_dict()}
+    checkpoint.save_weights(tmp_path / "weights", split(tower)[1], metadata)
+
+    def run(*words):
+        code = cli.main(["dense", "--model", str(tmp_path / "weights"), "--out", str(tmp_path / "out"), *words])
+        return code, capsys.readouterr(), tmp_path / "out"
+
+    return run
+
+
+def test_the_command_writes_curves_a_table_a_card_and_a_picture(command, data):
+    words = ["--task", "segmentation", "--train", json.dumps(data["train"]), "--data", json.dumps(data["data"])]
+    code, printed, out = command(*words, "--layers", "1,-1", "--set", "epochs=1", "batch_size=8", "ignore=[9]")
+    assert code == 0 and "miou" in printed.out and "Wrote card.json" in printed.out
+    card = json.loads((out / "card.json").read_text())
+    assert set(card["figures"]) == {"layer_01", "layer_03"} and card["best"] in card["figures"]
+    assert card["classes"] == list(NUMBERS)
+    lines = (out / "curves.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["layer", "1", "3"]
+    assert float(lines[1].split(",")[1]) == pytest.approx(card["figures"]["layer_01"]["miou"], rel=1e-5)
+    for name in ("curves.png", "picture.png"):
+        with PIL.Image.open(out / name) as picture:
+            assert np.ptp(np.asarray(picture.convert("L"))) > 100
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--task", "depth", "--data", "x.jsonl"], "--task depth needs --train"),
+        (["--task", "tracking", "--train", "x", "--data", "y"], "--task tracking learns nothing"),
+        (["--task", "correspondence", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--task", "correspondence", "--data", "x", "--layers", "one"], "--layers one: want numbers"),
+        (["--task", "correspondence", "--data", "x", "--set", "k"], "--set k: want FIELD=VALUE"),
+        (["--task", "correspondence", "--data", "x", "--set", "k=("], "is no JSON"),
+    ],
+)
+def test_the_command_says_what_is_wrong(command, words, message):
+    code, printed, out = command(*words)
+    assert code == 2 and message in printed.err and not (out / "card.json").exists()
