@@ -92,11 +92,7 @@ class DenseProbe:
 
     def __call__(self, model: inference.Model) -> dict[str, float]:
         found = self.run(model, show=0)
-        return {
-            f"{features.layer_name(layer)}_{name}": float(values[row])
-            for row, layer in enumerate(found.layers)
-            for name, values in found.figures.items()
-        }
+        return features.by_layer(found.layers, found.figures)
 
     def run(
         self, model: inference.Model, progress: Progress = lambda stage, done, total: None, show: int = 4
@@ -353,15 +349,3 @@ def _tokens(preprocess: Preprocess, layers: tuple[int, ...]) -> Callable[[infere
         return jnp.stack([found[layer] for layer in layers])
 
     return forward
-
-
-def adamw(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.scale_by_adam(0.9, 0.999),
-        optax.add_decayed_weights(weight_decay, _kernels),
-        optax.scale_by_learning_rate(schedule),
-    )
-
-
-def _kernels(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from pe_jax.evals import dense, dense_heads, inference, windows
+from pe_jax.evals import dense_heads, inference, windows
 from pe_jax.evals.dense import Batch, DenseProbe, Probed, Progress, Work
 from pe_jax.evals.dense_heads import FARTHEST, NEAREST
-from pe_jax.evals.fit import Fitted
+from pe_jax.evals.fit import Fitted, adamw
 
 HEADS = ("linear", "dpt")
 EIGEN = (45, 471, 41, 601)  # rows and columns of a 480 x 640 image of NYUv2 that are scored
@@ -194,4 +194,4 @@ def _metres(depth: Array, a: Array, b: Array, place: int) -> Float[Array, "Y R H
 @functools.lru_cache(maxsize=16)  # the same one for the same training, for which the update is compiled
 def _transform(steps: int, weight_decay: float) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), max(2, steps))
-    return dense.adamw(schedule, weight_decay)
+    return adamw(schedule, weight_decay)

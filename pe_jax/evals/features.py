@@ -95,6 +95,15 @@ def layer_name(layer: int) -> str:
     return f"layer_{layer:02}"
 
 
+def by_layer(layers: Sequence[int], figures: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """{"layer_07_miou": ...} of figures [Y] by name, as evaluators give them."""
+    return {
+        f"{layer_name(layer)}_{name}": float(values[place])
+        for place, layer in enumerate(layers)
+        for name, values in figures.items()
+    }
+
+
 class Extraction:
     """One request for features, checked against model, data and folder; `run` computes what is not there yet.
 

@@ -148,6 +148,19 @@ def _programs(
     return begin, update
 
 
+def adamw(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW at rate 1, as `fit` takes it; kernels alone decay."""
+    return optax.chain(
+        optax.scale_by_adam(0.9, 0.999),
+        optax.add_decayed_weights(weight_decay, _kernels),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
 def _stacked(leaf: Any, shape: tuple[int, int]) -> Array:
     return jnp.broadcast_to(leaf, shape + jnp.shape(leaf))
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from pe_jax import sharding
 from pe_jax.data.image import Augment
 from pe_jax.evals import heads, inference, sweep
-from pe_jax.evals.fit import Fitted, fit
+from pe_jax.evals.fit import Fitted, adamw, fit
 
 TEMPERATURE = 0.07  # of a neighbour's vote, exp(cosine / temperature); DINOv2's protocol (PE §3, Tab. 8)
 
@@ -393,15 +393,7 @@ def _sgd(steps: int) -> optax.GradientTransformation:
 @functools.lru_cache(maxsize=16)
 def _adamw(steps: int, weight_decay: float) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), max(2, steps))
-    return optax.chain(
-        optax.scale_by_adam(0.9, 0.999),
-        optax.add_decayed_weights(weight_decay, _kernels),
-        optax.scale_by_learning_rate(schedule),
-    )
-
-
-def _kernels(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    return adamw(schedule, weight_decay)
 
 
 def _unit(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from pe_jax.evals import dense, dense_heads, inference
+from pe_jax.evals import dense_heads, inference
 from pe_jax.evals.dense import Batch, DenseProbe, Probed, Progress, Work
 from pe_jax.evals.dense_heads import IGNORED
+from pe_jax.evals.fit import adamw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,4 +180,4 @@ def _classified(logits: Array, a: Array, b: Array, place: int) -> Int[Array, "Y 
 def _transform(steps: int, weight_decay: float) -> optax.GradientTransformation:
     warm = min(1500, max(1, steps // 10))
     parts = optax.linear_schedule(0.0, 1.0, warm), optax.linear_schedule(1.0, 0.0, max(1, steps - warm))
-    return dense.adamw(optax.join_schedules(parts, [warm]), weight_decay)
+    return adamw(optax.join_schedules(parts, [warm]), weight_decay)

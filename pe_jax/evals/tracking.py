@@ -193,11 +193,7 @@ class Tracking:
 
     def __call__(self, model: inference.Model) -> dict[str, float]:
         found = self.run(model)
-        return {
-            f"{features.layer_name(layer)}_{name}": float(values[row])
-            for row, layer in enumerate(found.layers)
-            for name, values in found.figures.items()
-        }
+        return features.by_layer(found.layers, found.figures)
 
     def run(
         self, model: inference.Model, progress: Progress = lambda stage, done, total: None, show: int = 6
