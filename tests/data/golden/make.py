@@ -1,4 +1,4 @@
-"""Writes tokens.json and pixels.json beside this file: what Meta's own tokenizer and image transform give.
+"""Writes tokens.json, pixels.json and tiles.json beside this file: what Meta's own tokenizer and transforms give.
 
   PERCEPTION_MODELS=/path/to/perception_models python tests/data/golden/make.py
 
@@ -70,6 +70,20 @@ SIZES = [  # source (width, height), target (height, width)
     ((97, 61), (224, 224)),
     ((449, 447), (448, 448)),
 ]
+TILES = [  # mode, source width and height, pixels of a tile, most tiles
+    ("RGB", 64, 48, 45, 16),
+    ("RGB", 192, 108, 45, 36),
+    ("RGB", 248, 351, 45, 36),
+    ("RGB", 248, 351, 45, 4),
+    ("RGB", 30, 80, 45, 16),
+    ("RGB", 10, 10, 45, 36),
+    ("RGB", 97, 61, 32, 5),
+    ("RGB", 900, 7, 32, 16),
+    ("L", 53, 97, 32, 6),
+    ("P", 53, 97, 32, 6),
+    ("RGBA", 120, 90, 32, 9),
+    ("CMYK", 61, 47, 32, 4),
+]
 MODES = ["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16", "1"]
 
 
@@ -114,6 +128,12 @@ def digest(image: np.ndarray) -> str:
     return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image, np.float32).tobytes()).hexdigest()
 
 
+def plm_tiles(transforms, image: PIL.Image.Image, size: int, most: int) -> np.ndarray:
+    """The chunks, uint8 [C, S, S, 3], that Meta's `core.transforms.image_transform` makes of an image."""
+    made, _ = transforms.get_image_transform("thumb+tile", size, most, normalize_img=False)(image.convert("RGB"))
+    return (made * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
 def main() -> None:
     # torchvision's CUDA wheel beside a CPU torch: the operators' schemas are enough, nothing here calls them
     spec = importlib.util.spec_from_file_location("parity_conftest", ROOT / "tests/parity/conftest.py")
@@ -139,7 +159,16 @@ def main() -> None:
         transform = transforms.get_image_transform(size, how == "crop", filters[filter])
         pixels[name] = digest(transform(picture(mode, w, h)).permute(1, 2, 0).numpy())
     (HERE / "pixels.json").write_text(json.dumps(pixels, indent=1) + "\n")
-    print(f"{len(rows)} texts, {len(pixels)} images")
+
+    from core.transforms import image_transform
+
+    tiled = []
+    for case in TILES:
+        mode, width, height, size, most = case
+        chunks = plm_tiles(image_transform, picture(mode, width, height), size, most)
+        tiled.append([*case, hashlib.sha256(chunks.tobytes()).hexdigest()[:16]])
+    (HERE / "tiles.json").write_text("[\n" + ",\n".join(map(json.dumps, tiled)) + "\n]\n")
+    print(f"{len(rows)} texts, {len(pixels)} images, {len(tiled)} tiled")
 
 
 if __name__ == "__main__":
