@@ -300,6 +300,130 @@ def _local_next_token(
     return (_over(lax.psum, loss, axes), _over(lax.psum, right, axes)), (by_hidden, by_table)
 
 
+def token_cosine(student: Float[Array, "B N D"], teacher: Float[Array, "_ _ _"]) -> Float[Array, ""]:
+    """Direct distillation: minus the cosine between each token and the teacher's at its place, mean over all tokens.
+
+    Args:
+      student: [B, N, D] tokens, of any length.
+      teacher: [B, N, D] tokens to be like; no gradient reaches them.
+
+    Returns:
+      The loss [] in [-1, 1]; -1 where all tokens point the teacher's way.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Source: PE §5, its appendix's L_core.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student tokens {student.shape} and teacher tokens {teacher.shape} must both be [B, N, D].")
+    return -jnp.mean(jnp.sum(_directions(student) * lax.stop_gradient(_directions(teacher)), -1))
+
+
+def token_pairs(
+    student: Float[Array, "B N _"],
+    teacher: Float[Array, "_ _ _"],
+    *,
+    temperature: float | None = None,
+    chunk: int = 256,
+) -> Float[Array, ""]:
+    """Pairwise distillation: the cosines of all pairs of an image's tokens are drawn to those the teacher has.
+
+    The mean over images and N² pairs (i, j) of (Y - X')², Y the student's cosine of tokens i and j, X the teacher's,
+    and X' = exp(temperature · (X - 1)), or X itself. Widths need not agree, and what turns or stretches all tokens
+    alike changes nothing.
+
+    Of the N x N tables of an image no more than `chunk` rows exist at a time. The gradient is found in the same pass:
+    both tables are symmetric, so by token i it is 4/N² Σ_j (Y - X')_ij · token j, and needs row i alone.
+
+    Args:
+      student: [B, N, D] tokens; multiplied in their dtype, summed in float32.
+      teacher: [B, N, T] a vector for each token's place; no gradient reaches it.
+      temperature: t, 20 for the mask logits of SAM; None compares the plain cosines.
+      chunk: tokens of an image at a time, 4·chunk·N bytes an image; it need not divide N.
+
+    Returns:
+      The loss [].
+
+    Raises:
+      ValueError: if the numbers of images or tokens differ, or `chunk` or `temperature` is not positive.
+
+    Source: PE §5, its appendix's L_loc; the paper does not say how its tables are held.
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(f"student tokens {student.shape} and teacher vectors {teacher.shape} must agree in [B, N].")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1; it is how many tokens are compared at a time.")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0; None compares the plain cosines.")
+    own = _directions(student).astype(student.dtype)
+    theirs = lax.stop_gradient(_directions(teacher).astype(teacher.dtype))
+    loss: Any = _token_pairs(own, theirs, temperature, min(chunk, student.shape[1]))
+    return loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _token_pairs(student: Array, teacher: Array, temperature: float | None, chunk: int) -> Array:
+    return _compare_pairs(student, teacher, temperature, chunk, wanted=False)[0]
+
+
+def _token_pairs_forward(student: Array, teacher: Array, temperature: float | None, chunk: int) -> Any:
+    return _compare_pairs(student, teacher, temperature, chunk, wanted=True)
+
+
+def _token_pairs_backward(temperature: float | None, chunk: int, by_student: Array, by_loss: Array) -> Any:
+    return (by_loss * by_student).astype(by_student.dtype), None
+
+
+_token_pairs.defvjp(_token_pairs_forward, _token_pairs_backward)
+
+
+def _compare_pairs(
+    student: Array, teacher: Array, temperature: float | None, chunk: int, *, wanted: bool
+) -> tuple[Array, Array | None]:
+    """The loss, and its gradient by the student's unit tokens where wanted."""
+    images, tokens = student.shape[:2]
+
+    def cut(x: Array) -> Array:
+        """[B, N, D] → [steps, B, chunk, D], zero rows after the last."""
+        x = jnp.pad(x, ((0, 0), (0, -tokens % chunk), (0, 0)))
+        return constrain(jnp.swapaxes(x.reshape(images, -1, chunk, x.shape[-1]), 0, 1), None, "batch")
+
+    def cosines(rows: Array, all: Array) -> Array:
+        exact = lax.Precision.HIGHEST if all.dtype == jnp.float32 else None
+        return jnp.einsum("bid,bjd->bij", rows, all, precision=exact, preferred_element_type=jnp.float32)
+
+    def step(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+        own, theirs, first = part
+        wished = cosines(theirs, teacher)
+        if temperature is not None:
+            wished = jnp.exp(temperature * (wished - 1))
+        real = (first + jnp.arange(chunk) < tokens)[:, None]
+        off = jnp.where(real, cosines(own, student) - wished, 0)  # [B, chunk, N]
+        total += jnp.sum(off * off)
+        if not wanted:
+            return total, None
+        off = off.astype(student.dtype)
+        exact = lax.Precision.HIGHEST if student.dtype == jnp.float32 else None
+        by_own = jnp.einsum("bij,bjd->bid", off, student, precision=exact, preferred_element_type=jnp.float32)
+        return total, (by_own * (4 / (images * tokens**2))).astype(student.dtype)
+
+    starts = jnp.arange(0, tokens, chunk)
+    total, by_rows = lax.scan(step, jnp.zeros((), jnp.float32), (cut(student), cut(teacher), starts))
+    loss = total / (images * tokens**2)
+    if by_rows is None:
+        return loss, None
+    by_student = jnp.swapaxes(by_rows, 0, 1).reshape(images, -1, student.shape[-1])[:, :tokens]
+    return loss, constrain(by_student, "batch")
+
+
+def _directions(tokens: Array) -> Array:
+    """Tokens [B, N, D] brought to unit length, in float32; a zero token stays zero."""
+    x = tokens.astype(jnp.float32)
+    # The square is floored, not the length: the square root's gradient at 0 is infinite.
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
 def _check_pairs(image: Array, text: Array) -> None:
     if image.shape != text.shape or image.ndim != 2:
         raise ValueError(f"image embeddings {image.shape} and text embeddings {text.shape} must both be [B, E].")
