@@ -88,11 +88,11 @@ def clean(text: str) -> str:
 
 def encoder(merges: Merges) -> Callable[[str], list[int]]:
     """Builds the function from one cleaned text to its token ids, without start and end tokens."""
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     vocabulary = [*symbols, *(s + _WORD_END for s in symbols), *(a + b for a, b in merges)]
     ids = {token: i for i, token in enumerate(vocabulary)}
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    of_byte = dict(zip(_byte_order(), symbols, strict=True))
+    of_byte = dict(zip(byte_order(), symbols, strict=True))
 
     @functools.lru_cache(maxsize=1 << 16)  # a caption's words repeat: this is most of the speed
     def word(text: str) -> tuple[int, ...]:
@@ -121,18 +121,18 @@ def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 @functools.cache
-def _byte_order() -> tuple[int, ...]:
+def byte_order() -> tuple[int, ...]:
     """The 256 bytes in the order of the vocabulary: those that print as themselves first."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return (*shown, *sorted(set(range(256)) - set(shown)))
 
 
 @functools.cache
-def _byte_symbols() -> tuple[str, ...]:
-    """The character that stands for each byte of `_byte_order` in a merges file."""
+def byte_symbols() -> tuple[str, ...]:
+    """The character that stands for each byte of `byte_order` in a merges file."""
     hidden = itertools.count(256)
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    return tuple(chr(b) if b in shown else chr(next(hidden)) for b in _byte_order())
+    return tuple(chr(b) if b in shown else chr(next(hidden)) for b in byte_order())
 
 
 # ---- where the merges come from ------------------------------------------------------------------------------------
@@ -202,8 +202,8 @@ def merges_from_instant() -> Merges:
     import instant_clip_tokenizer  # pyright: ignore[reportMissingImports]  # no wheel for some platforms
 
     tool = instant_clip_tokenizer.Tokenizer()
-    id_of_byte = {byte: i for i, byte in enumerate(_byte_order())}
-    symbol = dict(zip(_byte_order(), _byte_symbols(), strict=True))
+    id_of_byte = {byte: i for i, byte in enumerate(byte_order())}
+    symbol = dict(zip(byte_order(), byte_symbols(), strict=True))
     heads = [b"", b"\xc3", b"\xe2", b"\xe2\x82", b"\xf0\x9f", b"\xf0\x9f\x98", b"\xed", b"\xe0", b"\xf4"]
     tails = [b"", b"\x80", b"\xa0", b"\x80\x80", b"\xa0\x80", b"\x80\x80\x80", b"\x90\x80\x80"]
 

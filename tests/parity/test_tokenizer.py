@@ -103,7 +103,7 @@ def test_a_tokenizer_json_written_by_hugging_face_gives_the_same_merges(tmp_path
     import tokenizers
 
     merges = text.find_merges()
-    symbols = text._byte_symbols()
+    symbols = text.byte_symbols()
     vocabulary = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges)]
     model = tokenizers.models.BPE(
         vocab={token: i for i, token in enumerate(vocabulary)}, merges=list(merges), end_of_word_suffix="</w>"
