@@ -148,6 +148,9 @@ class Augment:
     Attributes:
       crop_scale: (least, greatest) share of the area kept by a random crop; None squashes the whole image.
       crop_ratio: (least, greatest) width / height of the crop, drawn evenly on a log scale.
+      aspect: (least, greatest) width / height of the largest crop of that shape, its place drawn too: the shape changes
+        and the scale hardly does (PE §5). A `crop_scale` of (1, 1) would not do it: a crop of the image's own area and
+        another shape never fits. It takes the place of `crop_scale` and `crop_ratio`.
       brightness: b; pixels are scaled by a factor drawn from [1 - b, 1 + b].
       saturation: s; pixels move from their grey value by a factor drawn from [1 - s, 1 + s].
       hflip: chance of mirroring left and right.
@@ -155,12 +158,15 @@ class Augment:
 
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect: tuple[float, float] | None = None
     brightness: float = 0.0
     saturation: float = 0.0
     hflip: float = 0.0
 
     def __post_init__(self):
-        for name in ("crop_scale", "crop_ratio"):
+        if self.aspect is not None and self.crop_scale is not None:
+            raise ValueError("aspect takes the place of crop_scale and crop_ratio; leave the one or the others out.")
+        for name in ("crop_scale", "crop_ratio", "aspect"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -193,7 +199,7 @@ class Augment:
         """
         resize = dataclasses.replace(resize, size=size) if resize else Preprocess(size)
         crop, (flip, order, bright, saturate) = rng.random((10, 4)), rng.random(4)
-        if self.crop_scale is None:
+        if self.crop_scale is None and self.aspect is None:
             image = PIL.Image.fromarray(resize.pixels(image))
         else:
             image = decode(image)
@@ -201,7 +207,7 @@ class Augment:
                 image = PIL.ImageOps.exif_transpose(image)
             if resize.rgb_first:
                 image = image.convert("RGB")
-            image = image.crop(_random_box(image.size, self.crop_scale, self.crop_ratio, crop))
+            image = image.crop(self._box(image.size, crop))
             image = _resize(image, (size[1], size[0]), resize.filter).convert("RGB")
         jitter = [
             (PIL.ImageEnhance.Brightness, self.brightness, bright),
@@ -224,9 +230,17 @@ class Augment:
         """
         crop, (flip, *_) = rng.random((10, 4)), rng.random(4)
         image = PIL.Image.fromarray(values)
-        box = None if self.crop_scale is None else _random_box(image.size, self.crop_scale, self.crop_ratio, crop)
+        box = self._box(image.size, crop)
         found = np.array(image.resize((size[1], size[0]), PIL.Image.Resampling.NEAREST, box))
         return found[:, ::-1] if flip < self.hflip else found
+
+    def _box(self, size: tuple[int, int], draws: Float64[np.ndarray, "T 4"]) -> tuple[int, int, int, int]:
+        """Corners of what is kept of an image of `size` (width, height)."""
+        if self.aspect is not None:
+            return _largest_box(size, self.aspect, draws[0])
+        if self.crop_scale is not None:
+            return _random_box(size, self.crop_scale, self.crop_ratio, draws)
+        return 0, 0, *size
 
 
 def generator(seed: int, position: int, stream: int = 0) -> np.random.Generator:
@@ -343,6 +357,18 @@ def _random_box(
         w, h = width, height
     w, h = max(w, 1), max(h, 1)
     x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def _largest_box(
+    size: tuple[int, int], ratio: tuple[float, float], draws: Float64[np.ndarray, "4"]
+) -> tuple[int, int, int, int]:
+    """Corners of the largest crop of a drawn width / height, at a drawn place; arguments as `_random_box`."""
+    width, height = size
+    _, aspect, left, top = draws.tolist()
+    aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * aspect)
+    w, h = max(1, min(width, round(height * aspect))), max(1, min(height, round(width / aspect)))
+    x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
     return x, y, x + w, y + h
 
 

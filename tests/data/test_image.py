@@ -183,6 +183,29 @@ def test_a_crop_that_never_fits_falls_back_to_the_centre():
     assert boxes(1, size=(1, 1))[0].tolist() == [0, 0, 1, 1]
 
 
+def test_aspect_jitter_keeps_the_largest_crop_of_a_drawn_shape_where_a_crop_of_all_the_area_keeps_one_shape():
+    from pe_jax.data.image import _largest_box
+
+    found = [_largest_box((400, 300), (0.75, 4 / 3), generator(0, i).random((10, 4))[0]) for i in range(1000)]
+    left, top, right, bottom = np.array(found, np.float64).T
+    width, height = right - left, bottom - top
+    assert ((width == 400) | (height == 300)).all() and width.max() == 400 and height.max() == 300
+    assert 0.748 < (width / height).min() < 0.77 and 1.31 < (width / height).max() < 1.336
+    assert abs(np.log(width / height).mean()) < 0.02  # as often wide as tall
+    narrow = width < 300  # of these the place varies enough to see that it is drawn evenly
+    assert abs((left[narrow] / (400 - width[narrow])).mean() - 0.5) < 0.05
+    assert np.abs(boxes(50, scale=(1.0, 1.0)) - [0, 0, 400, 300]).max() <= 1
+
+
+def test_an_aspect_jittered_map_follows_its_image():
+    jitter = Augment(aspect=(0.75, 4 / 3), hflip=0.5)
+    image = np.repeat(np.arange(60, dtype=np.uint8)[None, :, None], 45, 0).repeat(3, 2)
+    for i in range(8):
+        pixels = jitter(image, (12, 12), generator(2, i))[:, :, 0].astype(int)
+        values = jitter.map(image[:, :, 0].astype(np.int32), (12, 12), generator(2, i))
+        assert np.abs(pixels - values).max() <= 3
+
+
 def test_flips_and_factors_have_the_stated_rates():
     image = np.zeros((4, 4, 3), np.uint8)
     image[:, :2] = 100
@@ -213,6 +236,8 @@ def test_saturation_moves_colours_about_their_grey_value_and_leaves_grey_alone()
         ({"crop_scale": (0.5, 0.1)}, "crop_scale"),
         ({"crop_scale": (0.5, 1.5)}, "greatest <= 1.0"),
         ({"crop_ratio": (0.0, 1.0)}, "crop_ratio"),
+        ({"aspect": (1.2, 0.8)}, "aspect"),
+        ({"aspect": (0.8, 1.2), "crop_scale": (0.5, 1.0)}, "takes the place of crop_scale"),
         ({"hflip": 1.5}, r"hflip=1.5 must lie in \[0, 1\]"),
     ],
 )
