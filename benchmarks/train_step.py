@@ -114,8 +114,11 @@ def _ours(config: Any, tensors: Any, images: np.ndarray, ids: np.ndarray, device
             state, told = update(state, inputs)
         return told["loss"]
 
-    flops = batch * run.stage.update_flops(config.vision.image_size)
-    return step, {"parameters": zoo.count(params), "flops": flops, "peak_flops": metrics.peak_flops()}
+    return step, {
+        "parameters": zoo.count(params),
+        "flops": run.stage.update_flops(inputs),
+        "peak_flops": metrics.peak_flops(),
+    }
 
 
 def _meta(config: Any, tensors: Any, images: np.ndarray, ids: np.ndarray, device: str, *, compiled: bool) -> Side:

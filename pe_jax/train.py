@@ -37,7 +37,6 @@ from jax.experimental import multihost_utils
 
 from pe_jax import checkpoint, metrics, optim, paths, profiling, sharding, stages
 from pe_jax.models import zoo
-from pe_jax.models.clip import CLIPConfig
 from pe_jax.types import Batch, Metrics, Params, split
 
 PREEMPTED = 75  # exit code after SIGTERM: EX_TEMPFAIL, the state is saved and the same command goes on
@@ -144,13 +143,13 @@ def parse(config: Mapping[str, Any]) -> Run:
             raise ValueError(f"config lacks {name!r}.")
     config = known | dict(config)
     stage = stages.create(config["stage"])
-    vision = stage.arch.vision if isinstance(stage.arch, CLIPConfig) else stage.arch
+    patch_size = getattr(stage.arch, "vision", stage.arch).patch_size
     phases = []
     for i, phase in enumerate(config["phases"]):
         _strict(phase, ("image_size", "examples", "batch_size", "stage"), f"phases[{i}]")
         size, batch_size = phase["image_size"], phase.get("batch_size", config["batch_size"])
-        if size % vision.patch_size:
-            raise ValueError(f"phases[{i}].image_size={size} is not a multiple of the patch size {vision.patch_size}.")
+        if size % patch_size:
+            raise ValueError(f"phases[{i}].image_size={size} is not a multiple of the patch size {patch_size}.")
         if batch_size < 1 or phase["examples"] < batch_size:
             raise ValueError(
                 f"phases[{i}] has {phase['examples']} examples, less than one batch of {batch_size}; raise examples."
@@ -252,6 +251,22 @@ def _shardings(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
+def batch_spec(run: Run, phase: Phase) -> dict[str, Any]:
+    """Shape and dtype of each field of the global batches that the updates of a phase take."""
+    from pe_jax import data  # here, so that the step can be built where Grain and Pillow are not installed
+
+    kind, shape = phase.stage.inputs
+    specs = data.batch_spec(kind, run.data, batch_size=phase.batch_size, image_size=phase.image_size, **shape)
+    return {name: spec for name, spec in specs.items() if name != "index"}  # which stays on the host
+
+
+def abstract_batch(run: Run, phase: Phase, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batches of a phase as shapes with their shardings on `mesh`."""
+    rows = sharding.batch_sharding(mesh)
+    specs = batch_spec(run, phase)
+    return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=rows) for name, spec in specs.items()}
+
+
 def make_train_step(
     stage: stages.Stage,
     tx: optax.GradientTransformation,
@@ -323,8 +338,7 @@ class _Loop:
         stop: "StopSignal",
         windows: Sequence[profiling.Window],
     ):
-        from pe_jax import evals  # here, so that the step can be built where Grain and Pillow are not installed
-        from pe_jax.data.image import Preprocess
+        from pe_jax import data, evals  # here, as in `batch_spec`
 
         self.run, self.workdir, self.saver, self.stop = run, workdir, saver, stop
         self.evaluators = {name: evals.create(evaluator) for name, evaluator in run.evals.items()}
@@ -339,14 +353,17 @@ class _Loop:
         abstract = abstract_state(run.stage, tx, self.mesh)
         self.graphdef, _ = split(nnx.eval_shape(lambda: run.stage.build(nnx.Rngs(0))))
         self.ahead = CompileAhead(
-            lambda phase: make_train_step(phase.stage, tx, abstract, run.compiler_options), abstract, self.mesh
+            lambda phase: make_train_step(phase.stage, tx, abstract, run.compiler_options).lower(
+                abstract, abstract_batch(run, phase, self.mesh)
+            ),
+            self.mesh,
         )
         plain = json.loads(json.dumps(dict(config)))
         resumed = saver.latest
         _hold_to_config(workdir / "config.json", plain, resumed is not None)
         self.record: dict[str, Any] = {
             "architecture": zoo.to_dict(run.stage.arch),
-            "preprocess": Preprocess(run.image_size).to_dict(),
+            "preprocess": data.preprocess(run.stage.inputs.kind, run.image_size).to_dict(),
             "config": plain,
             "evaluated": True,  # whether the evaluations due at this step are done
         }
@@ -398,22 +415,24 @@ class _Loop:
         return 0
 
     def _train_phase(self, number: int) -> None:
-        from pe_jax.data import pipeline
+        from pe_jax import data
 
         run, phase = self.run, self.run.phases[number]
         last = sum(each.steps for each in run.phases[: number + 1])
         if self.step >= last:
             return
-        flops = phase.stage.update_flops(phase.image_size) * phase.batch_size
-        with pipeline.create(
+        flops = phase.stage.update_flops(batch_spec(run, phase))
+        kind, shape = phase.stage.inputs
+        with data.create(
+            kind,
             run.data,
             batch_size=phase.batch_size,
             image_size=phase.image_size,
-            context_length=run.stage.arch.text.context_length,
             seed=run.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             start=run.examples(self.step),
+            **shape,
         ) as loader:
             update = None
             while self.step < last:
@@ -427,8 +446,8 @@ class _Loop:
                         batch = sharding.global_batch(local, self.mesh)
                     if update is None:
                         with self.stop.at_once():
-                            update = self.ahead.of(phase, batch)
-                        self.ahead.start(run.phases[number + 1 : number + 2], batch)
+                            update = self.ahead.of(phase)
+                        self.ahead.start(run.phases[number + 1 : number + 2])
                         self.speed.reset()  # compilation is not the step's time
                     with self.speed.part("dispatch"), jax.set_mesh(self.mesh):
                         self.state, self.scalars = update(self.state, batch)
@@ -542,42 +561,30 @@ def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
 class CompileAhead:
     """The update compiled for each phase's shapes: the next phase's in the background, while this one trains."""
 
-    def __init__(self, update_of: Callable[[Phase], Any], abstract: TrainState, mesh: jax.sharding.Mesh):
-        """`update_of` gives the jitted update of a phase, `abstract` the state it takes."""
-        self._update_of, self._abstract, self._mesh = update_of, abstract, mesh
+    def __init__(self, lowered: Callable[[Phase], jax.stages.Lowered], mesh: jax.sharding.Mesh):
+        """`lowered` gives the update of a phase, lowered for its shapes."""
+        self._lowered, self._mesh = lowered, mesh
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._found: dict[Phase, concurrent.futures.Future[Any]] = {}
 
-    def start(self, phases: Sequence[Phase], batch: Batch) -> None:
-        """Begins to compile for each of `phases`, whose batches are like `batch` but for their size and pixels."""
+    def start(self, phases: Sequence[Phase]) -> None:
+        """Begins to compile for each of `phases`."""
         for phase in phases:
             if phase not in self._found:
-                self._found[phase] = self._pool.submit(self._compile, phase, batch_like(batch, phase))
+                self._found[phase] = self._pool.submit(self._compile, phase)
 
-    def of(self, phase: Phase, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    def of(self, phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """The update compiled for `phase`, when it is ready."""
-        self.start([phase], batch)
+        self.start([phase])
         return self._found.pop(phase).result()
 
     def close(self) -> None:
         """Begins no more; what is being compiled cannot be stopped, and is not waited for here."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, phase: Phase, batch: Mapping[str, Any]) -> Any:
+    def _compile(self, phase: Phase) -> Any:
         with jax.set_mesh(self._mesh):  # a thread has a mesh of its own
-            return self._update_of(phase).lower(self._abstract, batch).compile()
-
-
-def batch_like(batch: Batch, phase: Phase) -> dict[str, Any]:
-    """The shapes of `phase`'s batches, given an array of each field in whatever size."""
-
-    def one(name: str, x: Any) -> jax.ShapeDtypeStruct:
-        shape = [phase.batch_size, *x.shape[1:]]
-        if name in ("image", "video"):
-            shape[-3:-1] = phase.image_size, phase.image_size
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-
-    return {name: one(name, x) for name, x in batch.items()}
+            return self._lowered(phase).compile()
 
 
 class Preempted(Exception):

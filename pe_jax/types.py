@@ -11,7 +11,8 @@ saved they are one nested plain dict of arrays. `split` goes from the first form
 | index | [B] | int64 | 0.. | global record number; stays on the host |
 """
 
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -22,6 +23,13 @@ Batch: TypeAlias = dict[str, jax.Array]
 HostBatch: TypeAlias = dict[str, np.ndarray]
 Metrics: TypeAlias = dict[str, jax.Array]  # scalars
 Key: TypeAlias = jax.Array
+
+
+class Inputs(NamedTuple):
+    """The batches a stage takes."""
+
+    kind: str  # one of `pe_jax.data.KINDS`
+    shape: Mapping[str, Any]  # what of the model shapes them: further arguments of `pe_jax.data.create`
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

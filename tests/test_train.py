@@ -342,8 +342,7 @@ def test_a_batch_the_mesh_cannot_cut_is_refused(tmp_path):
 
 def test_the_step_of_the_next_phase_is_compiled_in_the_background_for_its_own_shapes():
     mesh = sharding.make_mesh({"data": 8})
-    with jax.set_mesh(mesh):
-        batch = sharding.global_batch({"image": np.ones((16, 8, 8, 3), np.uint8), "text": np.ones((16, 5))}, mesh)
+    run = train.parse(smoke.get_config().to_dict())
     state = train.TrainState(jax.device_put(np.float32(2), sharding.replicated(mesh)), {}, (), ())
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     begun = threading.Event()
@@ -353,15 +352,16 @@ def test_the_step_of_the_next_phase_is_compiled_in_the_background_for_its_own_sh
         state = train.TrainState(state.step + batch["text"].sum(), {}, (), ())
         return state, {"pixels": jnp.asarray(batch["image"].size)}
 
-    ahead = train.CompileAhead(lambda phase: jax.jit(update), abstract, mesh)
-    stage = train.parse(smoke.get_config().to_dict()).stage
-    later = train.Phase(image_size=24, steps=3, batch_size=32, stage=stage)
-    ahead.start([later], batch)
+    ahead = train.CompileAhead(
+        lambda phase: jax.jit(update).lower(abstract, train.abstract_batch(run, phase, mesh)), mesh
+    )
+    later = train.Phase(image_size=24, steps=3, batch_size=32, stage=run.stage)
+    ahead.start([later])
     assert begun.wait(60)  # nobody has asked for it yet
-    larger = {"image": np.ones((32, 24, 24, 3), np.uint8), "text": np.ones((32, 5))}
+    batch = {"image": np.ones((32, 24, 24, 3), np.uint8), "text": np.ones((32, 8), np.int32)}
     with jax.set_mesh(mesh):
-        state, metrics = ahead.of(later, batch)(state, sharding.global_batch(larger, mesh))
-    assert state.step == 2 + 32 * 5 and metrics["pixels"] == 32 * 24 * 24 * 3
+        state, metrics = ahead.of(later)(state, sharding.global_batch(batch, mesh))
+    assert state.step == 2 + 32 * 8 and metrics["pixels"] == 32 * 24 * 24 * 3
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,6 @@ def test_an_option_that_the_compiler_does_not_know_is_refused_by_name():
     tx, _ = train.optimizer_of(run)
     mesh = sharding.make_mesh({"data": 8})
     abstract = train.abstract_state(run.stage, tx, mesh)
-    shapes = {"image": ((16, 32, 32, 3), np.uint8), "text": ((16, 8), np.int32)}
-    rows = {n: jax.ShapeDtypeStruct(*s, sharding=sharding.batch_sharding(mesh)) for n, s in shapes.items()}
+    rows = train.abstract_batch(run, run.phases[-1], mesh)
     with jax.set_mesh(mesh), pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         train.make_train_step(run.stage, tx, abstract, run.compiler_options).lower(abstract, rows).compile()

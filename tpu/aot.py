@@ -10,11 +10,13 @@ in the compiled program, loops in full; times are estimates with a band (`tpu.es
 
 import argparse
 import copy
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -34,7 +36,8 @@ import jax
 import numpy as np
 
 import pe_jax
-from pe_jax import hub, sharding, train
+from pe_jax import hub, sharding, stages, train
+from pe_jax.models import zoo
 from pe_jax.models.layers import REMAT_POLICIES
 from tpu import chips, hlo, page
 from tpu.estimate import estimate
@@ -128,12 +131,7 @@ def report(
             f"a batch of {chosen.batch_size} does not cut {sharding.batch_ways(mesh)} ways; change --batch or --mesh."
         )
     tx, _ = train.optimizer_of(run)
-    abstract, rows = train.abstract_state(run.stage, tx, mesh), sharding.batch_sharding(mesh)
-    shapes = {
-        "image": ((chosen.batch_size, chosen.image_size, chosen.image_size, 3), np.uint8),
-        "text": ((chosen.batch_size, run.stage.arch.text.context_length), np.int32),
-    }
-    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=rows) for name, shape in shapes.items()}
+    abstract, batch = train.abstract_state(run.stage, tx, mesh), train.abstract_batch(run, chosen, mesh)
     figures: dict[str, Any] = {
         "topology": topology,
         "slices": slices,
@@ -142,11 +140,11 @@ def report(
         "image_size": chosen.image_size,
         "batch_size": chosen.batch_size,
         "microbatches": getattr(chosen.stage, "microbatches", 1),
-        "remat": chosen.stage.arch.vision.remat,
+        "remat": ", ".join(dict.fromkeys(part.remat for part in _parts(chosen.stage.arch).values())),
         "parameter_bytes": _bytes_on_one(abstract.params),
         "optimizer_bytes": _bytes_on_one(abstract.opt_state),
         "batch_bytes": _bytes_on_one(batch),
-        "model_flops": chosen.stage.update_flops(chosen.image_size) * chosen.batch_size / len(devices),
+        "model_flops": chosen.stage.update_flops(batch) / len(devices),
     }
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
@@ -342,7 +340,7 @@ def _told(figures: Mapping[str, Any]) -> str:
 
 
 def changed(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-    """The config with another mesh, batch, remat of both towers, or number of micro-batches; None leaves it."""
+    """The config with another mesh, batch, remat of all towers, or number of micro-batches; None leaves it."""
     new = copy.deepcopy(dict(config))
     if given.get("mesh"):
         new["mesh"] = given["mesh"]
@@ -353,12 +351,27 @@ def changed(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     if given.get("micro"):
         new["stage"]["microbatches"] = given["micro"]
     if given.get("remat"):
-        arch = new["stage"]["arch"]
+        arch: Any = new["stage"]["arch"]
         arch = {"base": arch} if isinstance(arch, str) else arch
-        new["stage"]["arch"] = arch | {
-            part: dict(arch.get(part, {})) | {"remat": given["remat"]} for part in ("vision", "text")
+        changes = {
+            part: dict(arch.get(part, {})) | {"remat": given["remat"]} if part else given["remat"]
+            for part in _parts(stages.create(new["stage"]).arch)
         }
+        new["stage"]["arch"] = arch | {part or "remat": change for part, change in changes.items()}
     return new
+
+
+def _parts(arch: zoo.Architecture) -> dict[str, Any]:
+    """The towers of an architecture by their names in it; one that is a tower itself has the name ""."""
+    if hasattr(arch, "remat"):
+        return {"": arch}
+    fields = {field.name: getattr(arch, field.name) for field in dataclasses.fields(arch)}
+    return {name: part for name, part in fields.items() if hasattr(part, "remat")}
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    """What the fsdp axis must divide: all widths, or at least the greatest number that divides them."""
+    return math.gcd(*(part.width for part in _parts(train.parse(config).stage.arch).values()))
 
 
 def sweep(
@@ -369,8 +382,7 @@ def sweep(
     A policy that keeps less is tried only where one that keeps more did not fit, and more micro-batches only where the
     policy that keeps most did not: both would only be slower.
     """
-    count = len(devices_of(topology, slices))
-    width = train.parse(config).stage.arch.vision.width
+    count, width = len(devices_of(topology, slices)), _width(config)
     for fsdp in [2**i for i in range(count.bit_length()) if 2**i <= count and width % 2**i == 0]:
         mesh = {"dcn": slices, "data": -1, "fsdp": fsdp}
         for micro in (1, 2, 4, 8, 16, 32, 64):
@@ -418,7 +430,7 @@ def smallest(
     """
     if kind not in SLICES:
         raise ValueError(f"--topology={kind}: with --smallest give a kind of chip, one of {', '.join(SLICES)}.")
-    width = train.parse(config).stage.arch.vision.width
+    width = _width(config)
     for sides in SLICES[kind]:
         topology = f"{kind}:{sides}"
         count = len(devices_of(topology))

@@ -254,10 +254,11 @@ def _run(model: str) -> train.Run:
 
 def pretraining(model: str) -> list[Phase]:
     """PE §2.1, read from its experiment."""
-    phases = []
-    for phase in _run(model).phases:
+    phases, run = [], _run(model)
+    for phase in run.phases:
         size, arch = phase.image_size, phase.stage.arch
-        towers = Part("both towers", phase.stage.update_flops(size), _kind(arch.vision, size))
+        flops = phase.stage.update_flops(train.batch_spec(run, phase)) // phase.batch_size
+        towers = Part("both towers", flops, _kind(arch.vision, size))
         tokens = f"{_tokens(arch.vision, size)} + {arch.text.context_length}"
         phases.append(Phase(f"{size} px", size, tokens, phase.steps * phase.batch_size, (towers,), ("split",)))
     return phases

@@ -17,11 +17,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
+from pe_jax.data import Spec
 from pe_jax.data import sources as sources_lib
 from pe_jax.data.image import Augment, BadImage, Preprocess, generator
 from pe_jax.data.text import Tokenizer
@@ -36,20 +37,16 @@ _PROBES = 1000  # records tried in place of a bad one before giving up, whatever
 _SLOTS = 10_000  # resolution of the mixing weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Shape and dtype of one field of a batch, `jax.ShapeDtypeStruct` without jax."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def batch_spec(*, batch_size: int, image_size: int | tuple[int, int], context_length: int) -> dict[str, Spec]:
+def batch_spec(
+    data_config: Any, *, batch_size: int, image_size: int | tuple[int, int], context_length: int | None
+) -> dict[str, Spec]:
     """What `create` yields for these arguments; `batch_size` is of the batch meant, this host's or the global one."""
+    del data_config  # here shapes do not depend on it, as they do where rows are packed
     height, width = Preprocess(image_size).shape
+    text = {} if context_length is None else {"text": Spec((batch_size, context_length), np.dtype(np.int32))}
     return {
         "image": Spec((batch_size, height, width, 3), np.dtype(np.uint8)),
-        "text": Spec((batch_size, context_length), np.dtype(np.int32)),
+        **text,
         "index": Spec((batch_size,), np.dtype(np.int64)),
     }
 
@@ -59,14 +56,14 @@ def create(
     *,
     batch_size: int,
     image_size: int | tuple[int, int],
-    context_length: int,
+    context_length: int | None,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
     start: int = 0,
     tokenizer: Callable[[str], np.ndarray] | None = None,
 ) -> "Loader":
-    """Endless batches of images and captions for one host.
+    """Endless batches of images and captions, or of images alone, for one host.
 
     Args:
       data_config: a mapping of
@@ -77,7 +74,7 @@ def create(
         threads: readers on this host (8).
       batch_size: of the global batch.
       image_size: pixels, or (height, width).
-      context_length: L, tokens in a caption.
+      context_length: L, tokens in a caption; None: images alone, whose records need no caption.
       seed: of order, captions and augmentation; not negative.
       process_index, process_count: this host and how many there are. Host h of n yields rows [h·b, (h+1)·b) of each
         global batch, b = batch_size / n.
@@ -88,8 +85,8 @@ def create(
       ValueError: for an unknown key, a source that cannot be opened or is too small, or hosts that do not divide the
         batch; and while iterating, once more than `max_bad_records` records were bad.
     """
-    config = _plain(data_config)
-    _strict(config, _CONFIG, "data")
+    config = plain(data_config)
+    strict(config, _CONFIG, "data")
     if not config.get("sources"):
         raise ValueError("data.sources is empty; name at least one source.")
     if not 0 <= process_index < process_count:
@@ -101,7 +98,7 @@ def create(
     threads = config.get("threads", 8)
     if not isinstance(threads, int) or threads < 1:
         raise ValueError(f"data.threads={threads!r} must be a positive integer.")
-    opened = [_open(source, f"data.sources[{i}]") for i, source in enumerate(config["sources"])]
+    opened = [open_source(source, f"data.sources[{i}]") for i, source in enumerate(config["sources"])]
     for source in opened:
         share = batch_size * source.weight / sum(s.weight for s in opened)
         if len(source.records) < max(process_count, math.floor(share)):
@@ -110,16 +107,17 @@ def create(
                 f" of {share:.4g} of a batch of {batch_size}: a batch would hold a record twice. Lower batch_size or"
                 " the source's weight, or add records."
             )
-    tokenizer = tokenizer or Tokenizer(context_length)
-    width = np.shape(tokenizer(""))  # also loads the vocabulary once, before the threads need it
-    if width != (1, context_length):
-        raise ValueError(f"the tokenizer gives {list(width)} for one text; wanted [1, {context_length}].")
+    if context_length is not None:
+        tokenizer = tokenizer or Tokenizer(context_length)
+        width = np.shape(tokenizer(""))  # also loads the vocabulary once, before the threads need it
+        if width != (1, context_length):
+            raise ValueError(f"the tokenizer gives {list(width)} for one text; wanted [1, {context_length}].")
     stream = _Stream(
         sources=opened,
         mixture=Mixture([s.weight for s in opened]),
         augment=Augment.from_dict(config["augment"]) if config.get("augment") else None,
         size=Preprocess(image_size).shape,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer if context_length is not None else None,
         seed=seed,
         start=start,
         batch=batch_size,
@@ -130,15 +128,34 @@ def create(
     return Loader(stream, threads)
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """This host's rows as Grain reads them: item k is row k % rows of batch k // rows."""
+
+    sources: list["Opened"]
+    max_bad: int
+    lock: threading.Lock
+    start: int  # global rows consumed before the first
+    batch: int  # rows of the global batch
+    rows: int  # of them, this host's
+    made: int  # rows so far
+    busy: float  # seconds that all threads took for them
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
 class Loader:
     """An endless iterator of batches {"image": uint8 [b, H, W, 3], "text": int32 [b, L], "index": int64 [b]}.
 
-    `index` numbers the record over all sources, in the order of the config. Close it, or use it in a `with`.
+    Of images alone there is no `text`. `index` numbers the record over all sources, in the order of the config. Close
+    it, or use it in a `with`.
     """
 
-    def __init__(self, stream: "_Stream", threads: int):
+    def __init__(self, stream: Stream, threads: int, ahead: int | None = None):
         self._stream, self._threads, self._batches = stream, threads, 0
-        ahead = max(2 * threads, min(2 * stream.rows, 64))
+        ahead = ahead or max(2 * threads, min(2 * stream.rows, 64))
         examples = grain.MapDataset.source(stream).to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         )
@@ -207,7 +224,7 @@ def examples(
     """
     if pixels not in ("float", "uint8"):
         raise ValueError(f'pixels={pixels!r} must be "float" or "uint8".')
-    source = _open(_plain(source_config), "the source")
+    source = open_source(plain(source_config), "the source")
 
     def read(index: int) -> tuple[np.ndarray, sources_lib.Record]:
         record, where = source.records[index], source.records.where(index)
@@ -279,7 +296,9 @@ def _feistel(size: int, seed: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
 
 
 @dataclasses.dataclass
-class _Opened:
+class Opened:
+    """A source in use."""
+
     name: str
     records: sources_lib.Source
     weight: float
@@ -291,11 +310,11 @@ class _Opened:
 class _Stream:
     """This host's examples: item k is row k % rows of batch k // rows. What Grain reads from."""
 
-    sources: list[_Opened]
+    sources: list[Opened]
     mixture: Mixture
     augment: Augment | None
     size: tuple[int, int]
-    tokenizer: Callable[[str], np.ndarray]
+    tokenizer: Callable[[str], np.ndarray] | None  # None: images alone
     seed: int
     start: int
     batch: int
@@ -334,38 +353,40 @@ class _Stream:
             if record in source.bad:
                 continue
             try:
-                image, text = self._read(source, record, position)
+                fields = self._read(source, record, position)
             except (BadImage, sources_lib.BadRecord) as error:
-                self._count(source, record, error)
+                count_bad(self, source, record, error)
                 continue
-            return {"image": image, "text": text, "index": np.int64(self.offsets[number] + record)}
+            return fields | {"index": np.int64(self.offsets[number] + record)}
         raise ValueError(f"{source.name}: {min(size, _PROBES)} records in a row are bad, from {chosen} on.")
 
-    def _read(self, source: _Opened, index: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, source: Opened, index: int, position: int) -> dict[str, np.ndarray]:
         where = source.records.where(index)
-        record = source.records[index]
-        caption = source.captions(record, generator(self.seed, position, stream=1).random(), where)
+        record, text = source.records[index], {}
+        if self.tokenizer is not None:
+            caption = source.captions(record, generator(self.seed, position, stream=1).random(), where)
+            text = {"text": self.tokenizer(caption)[0]}
         image = sources_lib.medium(record, "image", where)
         if self.augment is None:
             image = _named(self.squash.pixels, where, image)
         else:
             image = _named(self.augment, where, image, self.size, generator(self.seed, position))
-        return image, self.tokenizer(caption)[0]
+        return {"image": image} | text
 
-    def _count(self, source: _Opened, index: int, error: ValueError) -> None:
-        with self.lock:
-            if index in source.bad:
-                return
-            source.bad[index] = str(error)
-            total = sum(len(s.bad) for s in self.sources)
-        if total > self.max_bad:
-            raise ValueError(
-                f"{total} bad records, more than data.max_bad_records={self.max_bad}; the last: {error} Repair the"
-                " data, or raise the limit to replace such records by their neighbours."
-            ) from error
-        log.warning(
-            "bad record %d of at most %d replaced by the next of %s: %s", total, self.max_bad, source.name, error
-        )
+
+def count_bad(stream: Stream, source: Opened, index: int, error: ValueError) -> None:
+    """Notes that record `index` of a stream's source is bad; a ValueError once there are more than the limit."""
+    with stream.lock:
+        if index in source.bad:
+            return
+        source.bad[index] = str(error)
+        total = sum(len(s.bad) for s in stream.sources)
+    if total > stream.max_bad:
+        raise ValueError(
+            f"{total} bad records, more than data.max_bad_records={stream.max_bad}; the last: {error} Repair the"
+            " data, or raise the limit to replace such records by their neighbours."
+        ) from error
+    log.warning("bad record %d of at most %d replaced by the next of %s: %s", total, stream.max_bad, source.name, error)
 
 
 def _named(make: Callable[..., np.ndarray], where: str, *arguments: Any) -> np.ndarray:
@@ -376,14 +397,15 @@ def _named(make: Callable[..., np.ndarray], where: str, *arguments: Any) -> np.n
         raise BadImage(f"{where}: {error}") from error
 
 
-def _open(config: Mapping[str, Any], where: str) -> _Opened:
+def open_source(config: Mapping[str, Any], where: str) -> Opened:
+    """A source of a config's `sources`, with what a pipeline asks of it; `where` is how an error calls it."""
     weight = config.get("weight", 1.0)
     if not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
         raise ValueError(f"{where}.weight={weight!r} must be a positive number.")
     captions = {k: config[k] for k in _PER_SOURCE if k != "weight" and k in config}
     try:
         records = sources_lib.create({k: v for k, v in config.items() if k not in _PER_SOURCE})
-        return _Opened(
+        return Opened(
             name=f"{where} ({config.get('path', config.get('dataset', config['name']))})",
             records=records,
             weight=float(weight),
@@ -393,17 +415,18 @@ def _open(config: Mapping[str, Any], where: str) -> _Opened:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _plain(config: Any) -> Any:
+def plain(config: Any) -> Any:
     """A ConfigDict, or any mapping, as plain dicts and lists."""
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if isinstance(config, Mapping):
-        return {str(key): _plain(value) for key, value in config.items()}
+        return {str(key): plain(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
-        return [_plain(value) for value in config]
+        return [plain(value) for value in config]
     return config
 
 
-def _strict(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def strict(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """A ValueError for a key that is not known."""
     if unknown := sorted(set(config) - set(known)):
         raise ValueError(f"{where} has no {', '.join(map(repr, unknown))}; its keys are {', '.join(known)}.")

@@ -13,7 +13,7 @@ from flax import nnx
 
 from pe_jax.models import zoo
 from pe_jax.stages.contrastive import Contrastive
-from pe_jax.types import Batch, Key, Metrics, Params
+from pe_jax.types import Batch, Inputs, Key, Metrics, Params
 
 __all__ = ["Contrastive", "Stage", "create"]
 
@@ -23,6 +23,11 @@ class Stage(Protocol):
     """One way to train: build a model, say what moves, give gradients, keep parameters where they may be."""
 
     arch: zoo.Architecture
+
+    @property
+    def inputs(self) -> Inputs:
+        """The kind of batches it takes, and what of its model shapes them."""
+        ...
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The model, freshly initialised; under `nnx.eval_shape` nothing is allocated."""
@@ -36,8 +41,8 @@ class Stage(Protocol):
         """Gradients like the model's parameters, and scalar metrics among which is `loss`."""
         ...
 
-    def update_flops(self, image_size: int) -> int:
-        """Floating point operations of an update for each example of its batch, by the model's arithmetic.
+    def update_flops(self, batch: Mapping[str, Any]) -> int:
+        """Floating point operations of an update on a batch of these shapes, by the model's arithmetic.
 
         Forward and backward passes of all that the recipe puts through the model; what is computed twice to save
         memory counts once. It is what MFU is reckoned with.

@@ -1,6 +1,8 @@
 """Contrastive training of both towers on image-text or video-text pairs (PE §2.1, §2.4)."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from pe_jax import gradients, losses
 from pe_jax.models import zoo
 from pe_jax.models.clip import CLIP, CLIPConfig, unit
-from pe_jax.types import Batch, Key, Metrics, Params
+from pe_jax.types import Batch, Inputs, Key, Metrics, Params
 
 
 def pixels(images: UInt8[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
@@ -52,6 +54,10 @@ class Contrastive:
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must be in [0, 1); it is the share of patches hidden.")
 
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs("pairs", {"context_length": self.arch.text.context_length})
+
     def build(self, rngs: nnx.Rngs) -> CLIP:
         model = CLIP(self.arch, rngs=rngs)
         if self.mask_ratio:
@@ -66,11 +72,14 @@ class Contrastive:
         alone = None if self.arch.vision.drop_path else self._embeddings
         return gradients.cached(self._embed, self._loss, model, batch, key, self.microbatches, alone)
 
-    def update_flops(self, image_size: int) -> int:
-        flops = 3 * zoo.forward_flops(self.arch, image_size)  # a backward pass costs two forward ones
-        if self.mask_ratio:  # a share of the images goes through the blocks once more
+    def update_flops(self, batch: Mapping[str, Any]) -> int:
+        video = "video" in batch
+        examples, *frames, height, width, _ = batch["video" if video else "image"].shape
+        sides = height, width
+        flops = 3 * examples * zoo.forward_flops(self.arch, sides, *frames)  # a backward pass costs two forward ones
+        if self.mask_ratio and not video:  # a share of the images goes through the blocks once more
             blocks = dataclasses.replace(self.arch.vision, pool="none", output_width=None)
-            flops += 3 * zoo.forward_flops(blocks, image_size) // self.mask_every
+            flops += 3 * (examples // self.mask_every) * zoo.forward_flops(blocks, sides)
         return flops
 
     def project(self, params: Params) -> Params:

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from pe_jax import data
 from pe_jax.data import pipeline
 from pe_jax.data.image import Augment, BadImage, Preprocess, generator
 from pe_jax.data.pipeline import Mixture, permute
@@ -47,9 +48,27 @@ def assert_same(a, b):
 
 def test_a_batch_has_the_shapes_of_its_spec(small):
     (batch,) = take(config(small), 1)
-    spec = pipeline.batch_spec(batch_size=12, image_size=(10, 14), context_length=9)
+    spec = pipeline.batch_spec(config(small), batch_size=12, image_size=(10, 14), context_length=9)
     assert {n: (s.shape, s.dtype) for n, s in spec.items()} == {n: (v.shape, v.dtype) for n, v in batch.items()}
     assert spec["image"].shape == (12, 10, 14, 3) and spec["index"].dtype == np.int64
+
+
+def test_images_alone_are_those_of_the_pairs_and_their_records_need_no_caption(small):
+    where = {"batch_size": 12, "image_size": 16, "seed": 5}
+    with data.create("pairs", config(small), **where, context_length=9) as loader:
+        want = next(loader)
+    uncaptioned = config(small)
+    uncaptioned["sources"][0]["caption"] = "of_no_record"
+    with data.create("images", uncaptioned, **where, process_index=1, process_count=2) as loader:
+        batch = next(loader)
+    assert_same([batch], [{"image": want["image"][6:], "index": want["index"][6:]}])
+    spec = data.batch_spec("images", uncaptioned, batch_size=6, image_size=16)
+    assert {n: (s.shape, s.dtype) for n, s in spec.items()} == {n: (v.shape, v.dtype) for n, v in batch.items()}
+
+
+def test_a_kind_of_batches_that_does_not_exist_is_refused_naming_those_that_do(small):
+    with pytest.raises(ValueError, match="kind 'texts' is unknown; the kinds are pairs, images, chat"):
+        data.batch_spec("texts", config(small), batch_size=12, image_size=16)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])

@@ -118,9 +118,16 @@ def test_the_copies_change_no_embedding_so_the_first_pass_of_micro_batches_may_d
 
 def test_an_update_costs_three_forward_passes_and_those_of_the_copies():
     plain = Contrastive(ARCH)
-    assert plain.update_flops(24) == 3 * zoo.forward_flops(ARCH, 24)
-    blocks = zoo.forward_flops(dataclasses.replace(ARCH.vision, pool="none", output_width=None), 24)
-    assert STAGE.update_flops(24) - plain.update_flops(24) == 3 * blocks // 4
+    shapes = {"image": np.empty((8, 24, 40, 3))}
+    assert plain.update_flops(shapes) == 8 * 3 * zoo.forward_flops(ARCH, (24, 40))
+    blocks = zoo.forward_flops(dataclasses.replace(ARCH.vision, pool="none", output_width=None), (24, 40))
+    assert STAGE.update_flops(shapes) - plain.update_flops(shapes) == 2 * 3 * blocks
+
+
+def test_of_a_video_every_frame_goes_through_the_tower_and_the_text_once():
+    frames, text = np.empty((2, 5, 24, 40, 3)), 3 * zoo.forward_flops(ARCH.text)
+    image = 3 * zoo.forward_flops(ARCH, (24, 40)) - text
+    assert STAGE.update_flops({"video": frames}) == 2 * (5 * image + text)
 
 
 def test_micro_batches_work_with_masks_and_drop_path():
