@@ -71,7 +71,7 @@ class Dense(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         *,
         dtype: Any,
         gradient_dtype: Any = None,
@@ -99,7 +99,7 @@ class Dense(nnx.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x: Array, weights: Array | np.ndarray, axes: tuple[str, str], dtype: Any, gradient_dtype: Any) -> Array:
+def _product(x: Array, weights: Array | np.ndarray, axes: tuple[str | None, str | None], dtype: Any, gradient_dtype: Any) -> Array:
     """x·weights. The backward pass gathers the weights anew rather than keep them whole for every layer."""
     return jnp.dot(x, sharding.gathered(weights, *axes, dtype=dtype), precision=precision(dtype))
 
@@ -109,7 +109,7 @@ def _product_forward(x: Array, weights: Array, *static: Any) -> tuple[Array, tup
 
 
 def _product_backward(
-    axes: tuple[str, str], dtype: Any, gradient_dtype: Any, kept: tuple[Array, Array], by_y: Array
+    axes: tuple[str | None, str | None], dtype: Any, gradient_dtype: Any, kept: tuple[Array, Array], by_y: Array
 ) -> tuple[Array, Array]:
     x, weights = kept
     exact, kernel = precision(dtype), sharding.gathered(weights, *axes, dtype=dtype)
