@@ -24,7 +24,7 @@ import numpy as np
 
 from pe_jax.data import Spec
 from pe_jax.data import sources as sources_lib
-from pe_jax.data.image import Augment, BadImage, Preprocess, generator
+from pe_jax.data.image import Augment, BadImage, Preprocess, decode, generator
 from pe_jax.data.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -38,15 +38,22 @@ _SLOTS = 10_000  # resolution of the mixing weights
 
 
 def batch_spec(
-    data_config: Any, *, batch_size: int, image_size: int | tuple[int, int], context_length: int | None
+    data_config: Any,
+    *,
+    batch_size: int,
+    image_size: int | tuple[int, int],
+    context_length: int | None,
+    teacher: tuple[int, int] | None = None,
 ) -> dict[str, Spec]:
     """What `create` yields for these arguments; `batch_size` is of the batch meant, this host's or the global one."""
     del data_config  # here shapes do not depend on it, as they do where rows are packed
     height, width = Preprocess(image_size).shape
     text = {} if context_length is None else {"text": Spec((batch_size, context_length), np.dtype(np.int32))}
+    taught = {} if teacher is None else {"teacher": Spec((batch_size, *teacher), np.dtype(np.int8))}
     return {
         "image": Spec((batch_size, height, width, 3), np.dtype(np.uint8)),
         **text,
+        **taught,
         "index": Spec((batch_size,), np.dtype(np.int64)),
     }
 
@@ -62,6 +69,7 @@ def create(
     process_count: int = 1,
     start: int = 0,
     tokenizer: Callable[[str], np.ndarray] | None = None,
+    teacher: tuple[int, int] | None = None,
 ) -> "Loader":
     """Endless batches of images and captions, or of images alone, for one host.
 
@@ -80,6 +88,8 @@ def create(
         global batch, b = batch_size / n.
       start: global number of examples consumed before; continues exactly there, on any number of hosts.
       tokenizer: text → int32 [1, L]; `Tokenizer(context_length)` if None.
+      teacher: (N, T) of the vectors that `pe-jax teacher` stored with each image, which go beside it unread; the images
+        are then taken as they are stored, for it is these pixels that the teacher saw.
 
     Raises:
       ValueError: for an unknown key, a source that cannot be opened or is too small, or hosts that do not divide the
@@ -107,6 +117,11 @@ def create(
                 f" of {share:.4g} of a batch of {batch_size}: a batch would hold a record twice. Lower batch_size or"
                 " the source's weight, or add records."
             )
+    if teacher is not None and config.get("augment"):
+        raise ValueError(
+            "data.augment must be empty where a teacher's words are read: they are of the pixels as they are stored. "
+            "Augment when they are written: pe-jax teacher --augment."
+        )
     if context_length is not None:
         tokenizer = tokenizer or Tokenizer(context_length)
         width = np.shape(tokenizer(""))  # also loads the vocabulary once, before the threads need it
@@ -124,6 +139,7 @@ def create(
         rows=batch_size // process_count,
         first=process_index * (batch_size // process_count),
         max_bad=config.get("max_bad_records", 0),
+        teacher=teacher,
     )
     return Loader(stream, threads)
 
@@ -321,6 +337,7 @@ class _Stream:
     rows: int
     first: int
     max_bad: int
+    teacher: tuple[int, int] | None = None
 
     def __post_init__(self):
         self.squash = Preprocess(self.size)
@@ -367,11 +384,33 @@ class _Stream:
             caption = source.captions(record, generator(self.seed, position, stream=1).random(), where)
             text = {"text": self.tokenizer(caption)[0]}
         image = sources_lib.medium(record, "image", where)
+        if self.teacher is not None:
+            return {"image": self._stored(image, where), "teacher": self._taught(record, where)} | text
         if self.augment is None:
             image = _named(self.squash.pixels, where, image)
         else:
             image = _named(self.augment, where, image, self.size, generator(self.seed, position))
         return {"image": image} | text
+
+    def _stored(self, image: Any, where: str) -> np.ndarray:
+        """The pixels that a teacher saw."""
+        pixels = np.array(_named(decode, where, image).convert("RGB"))
+        if pixels.shape[:2] != self.size:
+            raise sources_lib.BadRecord(
+                f"{where}: the teacher saw {pixels.shape[0]} x {pixels.shape[1]} pixels, and the phase has image_size="
+                f"{self.size[0]}; make them equal."
+            )
+        return pixels
+
+    def _taught(self, record: sources_lib.Record, where: str) -> np.ndarray:
+        """What it said of them."""
+        words, (tokens, width) = record.get("teacher", b""), self.teacher or (0, 0)
+        if not isinstance(words, bytes) or len(words) != tokens * width:
+            raise sources_lib.BadRecord(
+                f"{where} has {len(words):,} bytes of a teacher; want {tokens} x {width}, as `pe-jax teacher` writes "
+                "them for this image and patch size."
+            )
+        return np.frombuffer(words, np.int8).reshape(tokens, width)
 
 
 def count_bad(stream: Stream, source: Opened, index: int, error: ValueError) -> None:
