@@ -10,11 +10,13 @@ from flax import nnx
 
 from pe_jax.models.clip import CLIP, CLIPConfig
 from pe_jax.models.decoder import DecoderConfig, RopeScaling
+from pe_jax.models.layers import resolve_layers
 from pe_jax.models.text import TextConfig
 from pe_jax.models.vision import VisionConfig, VisionTower
+from pe_jax.models.vlm import VLM, VLMConfig
 
-Architecture: TypeAlias = CLIPConfig | VisionConfig
-Model: TypeAlias = CLIP | VisionTower
+Architecture: TypeAlias = CLIPConfig | VisionConfig | VLMConfig
+Model: TypeAlias = CLIP | VisionTower | VLM
 
 # size: patch, width, depth, heads, MLP width, class token
 _TOWERS: dict[str, tuple[int, int, int, int, int, bool]] = {
@@ -89,6 +91,18 @@ _DECODERS: dict[str, DecoderConfig] = {
 }
 DECODERS: tuple[str, ...] = tuple(_DECODERS)
 
+# PerceptionLM, trained to 11,520 tokens; of 8B's decoder the positions are not stretched.
+_READS = {"context_length": 11_520}
+_VLMS: dict[str, VLMConfig] = {
+    f"PLM-{size}": VLMConfig(tower, dataclasses.replace(_DECODERS[name], **_READS, **changes), 128_002, pooling=2)
+    for size, tower, name, changes in (
+        ("1B", _LANG_L, "Llama-3.2-1B", {}),
+        ("3B", _LANG_L, "Llama-3.2-3B", {}),
+        ("8B", _LANG_G, "Llama-3.1-8B", {"rope_scaling": None}),
+    )
+}
+VLMS: tuple[str, ...] = tuple(_VLMS)
+
 
 def architecture(spec: str | Mapping[str, Any] | Architecture) -> Architecture:
     """The configuration that `spec` stands for.
@@ -96,26 +110,37 @@ def architecture(spec: str | Mapping[str, Any] | Architecture) -> Architecture:
     Args:
       spec: a released name; a configuration; or a mapping: `{"base": NAME, "vision": {...}, "text": {...}}` changes
         fields of a released one (a vision-only base takes its fields directly), and full mappings as `to_dict`
-        writes them stand for themselves.
+        writes them stand for themselves. One with a "decoder" and no base is of `vlm`'s arguments, such as
+        `{"vision": "PE-Core-L14-336", "decoder": "Llama-3.2-3B", "tap": 23}`.
 
     Raises:
       ValueError: for an unknown name or field, naming its nearest neighbours.
     """
-    if isinstance(spec, CLIPConfig | VisionConfig):
+    if isinstance(spec, CLIPConfig | VisionConfig | VLMConfig):
         return spec
     if isinstance(spec, str):
-        if spec not in _RELEASED:
-            near = difflib.get_close_matches(spec, NAMES, 3, 0.3)
-            raise ValueError(f"{spec!r} is no released model; did you mean {' or '.join(near or NAMES)}?")
-        return _RELEASED[spec]
+        known = _RELEASED | _VLMS
+        if spec not in known:
+            near = difflib.get_close_matches(spec, known, 3, 0.3)
+            raise ValueError(f"{spec!r} is no released model; did you mean {' or '.join(near or known)}?")
+        return known[spec]
     fields = dict(spec)
     base = architecture(fields.pop("base")) if "base" in fields else None
     if isinstance(base, VisionConfig):
         return dataclasses.replace(base, **_known(VisionConfig, fields))
+    if isinstance(base, VLMConfig):
+        fields = _known(VLMConfig, fields)
+        vision = dataclasses.replace(base.vision, **_known(VisionConfig, fields.pop("vision", {})))
+        reader = decoder({"base": base.decoder} | dict(fields.pop("decoder", {})))
+        return dataclasses.replace(base, vision=vision, decoder=reader, **fields)
     if isinstance(base, CLIPConfig):
         parts = _known(CLIPConfig, fields)
         vision, text = (_known(kind, parts.get(part, {})) for part, kind in _PARTS.items())
         return CLIPConfig(dataclasses.replace(base.vision, **vision), dataclasses.replace(base.text, **text))
+    if "decoder" in fields:
+        if "vision" not in fields:
+            raise ValueError('A "decoder" needs a "vision" to read; give one, a name or a mapping.')
+        return vlm(fields.pop("vision"), fields.pop("decoder"), **fields)
     if "vision" in fields:
         parts = _known(CLIPConfig, fields)
         return CLIPConfig(*(_build(kind, parts.get(part, {})) for part, kind in _PARTS.items()))
@@ -149,6 +174,49 @@ def decoder(spec: str | Mapping[str, Any] | DecoderConfig) -> DecoderConfig:
     return _build(DecoderConfig, fields)
 
 
+# By size of the vocabulary, the id that stands at visual places: Llama 3's reserved_special_token_0, Qwen2's image_pad.
+_IMAGE_TOKENS = {128_256: 128_002, 151_936: 151_655, 152_064: 151_655}
+
+
+def vlm(
+    vision: str | Mapping[str, Any] | Architecture,
+    language: str | Mapping[str, Any] | DecoderConfig,
+    *,
+    tap: int | None = None,
+    projector: str = "mlp",
+    pooling: int = 1,
+    image_token: int | None = None,
+    **tower: Any,
+) -> VLMConfig:
+    """A decoder that reads the tokens of a tower after block `tap`, by their released names or configurations.
+
+    Args:
+      vision: the tower; of a CLIP, its vision tower.
+      language: one of `DECODERS`, a configuration, or a mapping as of the function `decoder`.
+      tap: the last block that is kept, counted from 1; negatives count from the end. None keeps all.
+      projector, pooling: as of `VLMConfig`.
+      image_token: the id that stands at visual places; None takes the one of Llama 3's or Qwen2's vocabulary.
+      **tower: fields of the tower to change, such as image_size=448, layer_scale=0.1, drop_path=0.1.
+
+    Raises:
+      ValueError: for an unknown name or field, a block that does not exist, parts that do not fit each other.
+    """
+    whole = architecture(vision)
+    seen = whole if isinstance(whole, VisionConfig) else whole.vision
+    (depth,) = resolve_layers((seen.depth if tap is None else tap,), seen.depth)
+    if depth == 0:
+        raise ValueError("tap=0 would leave no block of the tower; keep at least 1.")
+    cut = {"depth": depth, "pool": "none", "norm_post": False, "output_width": None}
+    reader = decoder(language)
+    if image_token is None and (image_token := _IMAGE_TOKENS.get(reader.vocab_size)) is None:
+        raise ValueError(
+            f"A vocabulary of {reader.vocab_size} is neither Llama 3's nor Qwen2's; say which of its ids stands at "
+            "visual places: image_token."
+        )
+    seen = dataclasses.replace(seen, **cut | _known(VisionConfig, tower))
+    return VLMConfig(seen, reader, image_token, projector, pooling)
+
+
 _PARTS: dict[str, Any] = {"vision": VisionConfig, "text": TextConfig}
 
 
@@ -175,8 +243,10 @@ def to_dict(config: Architecture) -> dict[str, Any]:
 
 
 def build(spec: str | Mapping[str, Any] | Architecture, rngs: nnx.Rngs) -> Model:
-    """A freshly initialised model: a CLIP, or the vision tower itself where there is no text tower."""
+    """A freshly initialised model: a CLIP, a VLM, or the vision tower itself where it is alone."""
     config = architecture(spec)
+    if isinstance(config, VLMConfig):
+        return VLM(config, rngs=rngs)
     return CLIP(config, rngs=rngs) if isinstance(config, CLIPConfig) else VisionTower(config, rngs=rngs)
 
 
@@ -202,7 +272,12 @@ def forward_flops(
       config: a tower, or both towers of a CLIP, counted together.
       image_size: pixels, (height, width) or one number for a square; None takes the native one.
       frames: of a video; the image tower sees each.
+
+    Raises:
+      ValueError: for a VLM, whose examples are of any number of chunks and tokens; its `.vision` is counted.
     """
+    if isinstance(config, VLMConfig):
+        raise ValueError("A VLM's work depends on its row's chunks and tokens; count its .vision for each chunk.")
     if isinstance(config, CLIPConfig):
         return forward_flops(config.vision, image_size, frames) + forward_flops(config.text)
     width = config.width
