@@ -2,6 +2,7 @@
 
   JSONL, CSV    paths of images or videos, and captions; the paths are relative to the file
   karpathy      the JSON file of COCO's or Flickr30k's usual splits
+  conversations one conversation a line with an image, several, a video or none (`pe_jax.data.chat`)
   packed        NAME.jsonl beside NAME.npz, which holds the encoded images one after the other
   array_record  sharded ArrayRecord files in our own simple record format (`write_shard`), the form to train from
   webdataset    tar shards read in place through an index of offsets
@@ -293,6 +294,42 @@ class Csv:
         return f"{self.path} row {index}"
 
 
+class Conversations:
+    """One JSON object a line, of which `pe_jax.data.chat` makes a conversation.
+
+    Its `image` is a path or a list of paths, its `video` a path; text alone has neither.
+
+    Args:
+      path: the .jsonl file.
+      root: folder the paths start from; by default the folder of `path`.
+    """
+
+    def __init__(self, path: str, root: str | None = None):
+        self.path, self.root = path, root if root is not None else os.path.dirname(path)
+        self.lines = _lines(path)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Record:
+        where = self.where(index)
+        record = _parse(self.lines[index], where)
+        for kind in ("image", "video"):
+            if kind in record:
+                record[kind] = self._joined(record[kind], kind, where)
+        return record
+
+    def _joined(self, value: Any, kind: str, where: str) -> Any:
+        if kind == "image" and isinstance(value, list) and value:
+            return [self._joined(path, "path in `image`", where) for path in value]
+        if not isinstance(value, str) or not value.strip():
+            raise BadRecord(f"{where}: the {kind} is {value!r:.80}; wanted a path.")
+        return value if "://" in value else os.path.join(self.root, value)
+
+    def where(self, index: int) -> str:
+        return f"{self.path} record {index}"
+
+
 class Packed:
     """NAME.jsonl and NAME.npz: `data` holds all encoded images, `offsets` [N + 1] where each begins.
 
@@ -300,10 +337,12 @@ class Packed:
 
     Args:
       path: either of the two files.
+      images: the .npz file, where it has another name.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, images: str | None = None):
         self.path, self.npz = (str(paths.path(path).with_suffix(ending)) for ending in (".jsonl", ".npz"))
+        self.npz = images or self.npz
         self.lines = _lines(self.path)
         self._load()
 
@@ -591,6 +630,7 @@ SOURCES = {
     "csv": Csv,
     "folder": Folder,
     "karpathy": Karpathy,
+    "conversations": Conversations,
     "packed": Packed,
     "array_record": ArrayRecord,
     "webdataset": WebDataset,
