@@ -13,10 +13,12 @@ from pe_jax.types import Batch, Key, Metrics, Params, split
 
 # (model, batch, key) → embeddings with examples in front, a mean over the batch's examples to add to the loss, metrics
 Embed = Callable[[Any, Batch, Key], tuple[Batch, jax.Array, Metrics]]
+# (model, batch, key) → a mean over what the batch holds, metrics that are means of the same kind
+Loss = Callable[[Any, Batch, Key], tuple[jax.Array, Metrics]]
 
 
 def whole(
-    loss: Callable[[Any, Batch, Key], tuple[jax.Array, Metrics]],
+    loss: Loss,
     model: nnx.Module,
     batch: Batch,
     key: Key,
@@ -73,11 +75,8 @@ def cached(
             return value + penalty, metrics | more
 
         return whole(at_once, model, batch, key)
-    for name, x in batch.items():
-        if x.shape[0] % microbatches:
-            raise ValueError(f"a batch of {x.shape[0]} ({name}) does not cut into {microbatches} micro-batches alike.")
     graphdef, params = split(model)
-    parts = {name: _cut(x, microbatches) for name, x in batch.items()}, jax.random.split(key, microbatches)
+    parts = _parts(batch, key, microbatches)
 
     def embeddings_of(_: None, part: tuple[Batch, Key]) -> tuple[None, Batch]:
         model = nnx.merge(graphdef, params)
@@ -103,6 +102,78 @@ def cached(
     grads, aux = lax.scan(carry_on, grads, (parts, by_embedding))
     penalty, more = jax.tree.map(lambda x: x.mean(0), aux)
     return grads, {"loss": value + penalty} | more | metrics
+
+
+def averaged(
+    loss: Loss,
+    model: nnx.Module,
+    batch: Batch,
+    key: Key,
+    microbatches: int = 1,
+    trainable: Callable[[str], bool] | None = None,
+    weights: Callable[[Batch], jax.Array] | None = None,
+) -> tuple[Params, Metrics]:
+    """The gradient of a loss that is a mean over what a batch holds, with activations of one micro-batch at a time.
+
+    It is the gradient of the whole batch's mean, however many micro-batches there are: where they hold unequal amounts,
+    such as tokens that are asked for, `weights` says how much each holds.
+
+    Args:
+      loss: (model, micro-batch, key) → (mean, metrics), 0 for a micro-batch that holds nothing.
+      microbatches: how many; each holds every `microbatches`-th example, so that no example changes its device.
+      trainable: "path/of/it" → whether the gradient by a parameter is wanted; by the rest it is 0, and nothing is
+        computed for it. Default: all.
+      weights: micro-batch → [] how much its mean counts; the metrics are weighted alike. None: all count the same.
+
+    Returns:
+      As `whole`.
+
+    Raises:
+      ValueError: if the batch is not a multiple of `microbatches`.
+    """
+    graphdef, params = split(model)
+
+    def is_wanted(keys: Any, _: Any) -> bool:
+        return trainable is None or trainable(jax.tree_util.keystr(keys, simple=True, separator="/"))
+
+    wanted = jax.tree_util.tree_map_with_path(is_wanted, params)
+    # None is a tree without leaves, so that differentiation does not see what stays as it is.
+    moving = jax.tree.map(lambda leaf, moves: leaf if moves else None, params, wanted)
+
+    def joined(moving: Params, rest: Params) -> Params:
+        return jax.tree.map(lambda a, b: b if a is None else a, moving, rest, is_leaf=lambda leaf: leaf is None)
+
+    def of(moving: Params, batch: Batch, key: Key) -> tuple[jax.Array, Metrics]:
+        return loss(nnx.merge(graphdef, joined(moving, params)), batch, key)
+
+    if microbatches == 1:
+        (value, metrics), grads = jax.value_and_grad(of, has_aux=True)(moving, batch, key)
+        return joined(grads, jax.tree.map(jnp.zeros_like, params)), {"loss": value} | metrics
+    parts = _parts(batch, key, microbatches)
+    held = jnp.ones(microbatches) if weights is None else jax.vmap(weights)(parts[0]).astype(jnp.float32)
+    shares = held / jnp.maximum(jnp.sum(held), jnp.finfo(jnp.float32).tiny)
+
+    def add(grads: Params, part: tuple[tuple[Batch, Key], jax.Array]) -> tuple[Params, tuple[jax.Array, Metrics]]:
+        inputs, share = part
+
+        def scalar(moving: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+            value, metrics = of(moving, *inputs)
+            return share * value, (value, metrics)
+
+        more, told = jax.grad(scalar, has_aux=True)(moving)
+        return jax.tree.map(jnp.add, grads, more), told
+
+    grads, told = lax.scan(add, jax.tree.map(jnp.zeros_like, moving), (parts, shares))
+    value, metrics = jax.tree.map(lambda x: jnp.sum(shares * x), told)
+    return joined(grads, jax.tree.map(jnp.zeros_like, params)), {"loss": value} | metrics
+
+
+def _parts(batch: Batch, key: Key, parts: int) -> tuple[Batch, jax.Array]:
+    """Micro-batches and their keys, one behind the other along a first axis."""
+    for name, x in batch.items():
+        if x.shape[0] % parts:
+            raise ValueError(f"a batch of {x.shape[0]} ({name}) does not cut into {parts} micro-batches alike.")
+    return {name: _cut(x, parts) for name, x in batch.items()}, jax.random.split(key, parts)
 
 
 def _cut(x: jax.Array, parts: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Optimizers: LAMB and AdamW, rates that count examples, and what is neither decayed nor adapted.
+"""Optimizers: LAMB and AdamW, rates that count examples and differ by part, and what is neither decayed nor adapted.
 
 Parameters of a Transformer are stacked over its layers ([Y, ...] below "blocks"), so every rule here goes by a
 parameter's path and never by its number of axes, and LAMB takes one trust ratio per layer: `optax.lamb` would take one
@@ -6,7 +6,7 @@ for all of them (0.39 off after ten steps, measured 2026-11).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -30,11 +30,14 @@ class Config:
 
     name: str = "lamb"  # or "adamw"
     learning_rate: float = 2e-3  # at its peak
+    final: float = 0.0  # share of the peak at the end of the run
     warmup_examples: int = 0
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # path prefix: share of the rate; 1 elsewhere
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-6  # unstated in the paper; optax's and LAMB's own
     weight_decay: float = 0.05
+    decay_all: bool = False  # whether biases, scales and single vectors are decayed too, as PLM's are
     grad_clip: float = 1.0  # global norm; 0 does not clip
 
     def __post_init__(self) -> None:
@@ -46,6 +49,11 @@ class Config:
         for field in ("warmup_examples", "weight_decay", "grad_clip"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"optimizer.{field}={getattr(self, field)} must be at least 0.")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"optimizer.final={self.final} must be in [0, 1]; it is a share of learning_rate.")
+        for part, rate in self.rates.items():
+            if not rate > 0:
+                raise ValueError(f"optimizer.rates[{part!r}]={rate} must be above 0; to hold a part still, freeze it.")
         for field in ("b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optimizer.{field}={getattr(self, field)} must be in [0, 1).")
@@ -98,10 +106,11 @@ def batch_size_at(phases: Sequence[tuple[int, int]]) -> Schedule:
 
 
 def learning_rate(config: Config, phases: Sequence[tuple[int, int]]) -> Schedule:
-    """Step → learning rate: a linear warm-up, then half a cosine to 0 over the whole run, in examples.
+    """Step → learning rate: a linear warm-up, then half a cosine over the whole run, in examples.
 
     With S examples seen before the step, b in its batch, W to warm up and T in all, the rate is
-    peak · min(1, (S + b)/W) · (1 + cos(π · max(0, S - W)/(T - W)))/2, so the first step already moves.
+    peak · min(1, (S + b)/W) · (1 + cos(π · max(0, S - W)/(T - W)))/2, so the first step already moves. The cosine ends
+    at 0, or at `final` of the peak.
 
     Args:
       config: the optimizer's fields.
@@ -126,7 +135,8 @@ def learning_rate(config: Config, phases: Sequence[tuple[int, int]]) -> Schedule
         examples = seen(step)
         warm = jnp.minimum(1.0, (examples + batch_size(step)) / warmup) if warmup else 1.0
         progress = jnp.maximum(0.0, examples - warmup) / (total - warmup)
-        return config.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1.0)))
+        falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(progress, 1.0)))
+        return config.learning_rate * warm * (config.final + (1 - config.final) * falling)
 
     return rate
 
@@ -158,6 +168,34 @@ def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def scale_by_part(rates: Mapping[str, float]) -> optax.GradientTransformation:
+    """Scales each parameter's update by the number given for the longest prefix of its path; the rest stay as they are.
+
+    `init` raises a ValueError for a prefix that is of no parameter's path.
+    """
+
+    def prefixes(path: Path) -> list[str]:
+        return ["/".join(path[:i]) for i in range(len(path), 0, -1)]
+
+    def init(params: Params) -> Any:
+        known = {prefix for keys, _ in _flatten(params) for prefix in prefixes(path_of(keys))}
+        if wrong := sorted(set(rates) - known):
+            raise ValueError(
+                f"optimizer.rates names {wrong[0]!r}, and no trained parameter lies there; the parts are "
+                f"{', '.join(sorted({path_of(keys)[0] for keys, _ in _flatten(params)}))}."
+            )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(keys: Any, update: jax.Array) -> jax.Array:
+            rate = next((rates[prefix] for prefix in prefixes(path_of(keys)) if prefix in rates), 1.0)
+            return update * jnp.asarray(rate, update.dtype)
+
+        return tree_map_with_path(one, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
 def create(
     config: Config, schedule: Schedule, trainable: Callable[[str], bool] | None = None
 ) -> optax.GradientTransformation:
@@ -171,15 +209,20 @@ def create(
 
     Returns:
       Clipping by the global norm (of what moves), bias-corrected Adam, decoupled weight decay, for LAMB the trust
-      ratio, and the rate; in that order.
+      ratio, the part's share of the rate, and the rate; in that order.
+
+    Raises:
+      ValueError: by `init`, if a part of `config.rates` holds no parameter.
     """
     parts = [optax.clip_by_global_norm(config.grad_clip)] if config.grad_clip else []
     parts += [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.add_decayed_weights(config.weight_decay, None if config.decay_all else decay_mask),
     ]
     if config.name == "lamb":
         parts.append(scale_by_layer_trust_ratio())
+    if config.rates:
+        parts.append(scale_by_part(config.rates))
     tx = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
     return tx if trainable is None else _only(tx, trainable)
 

@@ -104,3 +104,69 @@ def test_a_penalty_and_its_gradient_are_averaged_over_micro_batches():
 def test_a_batch_that_does_not_cut_is_refused():
     with pytest.raises(ValueError, match=r"a batch of 16 .* does not cut into 3 micro-batches"):
         run(Contrastive(ARCH, microbatches=3))
+
+
+class Line(nnx.Module):
+    """Scores tokens by two kernels, of which a test may hold one."""
+
+    def __init__(self):
+        first, second = jax.random.split(jax.random.key(3))
+        self.kernel = nnx.Param(jax.random.normal(first, (7, 5)), axes=(None, None))
+        self.head = nnx.Param(jax.random.normal(second, (5,)), axes=(None,))
+
+
+ASKED = {
+    "x": jnp.asarray(np.random.default_rng(4).standard_normal((16, 3, 7), np.float32)),
+    # From one token to all of them in a row, and the second of every four rows has none.
+    "asked": jnp.asarray(np.arange(48).reshape(16, 3) % 5 > np.arange(16)[:, None] % 4)
+    & (jnp.arange(16) % 4 != 1)[:, None],
+}
+
+
+def mean_of_asked(model, batch, key):
+    score = jnp.tanh(batch["x"] @ model.kernel[...]) @ model.head[...]
+    count = jnp.sum(batch["asked"])
+    mean = jnp.sum(jnp.where(batch["asked"], score**2, 0)) / jnp.maximum(count, 1)
+    return mean, {"score": jnp.sum(jnp.where(batch["asked"], score, 0)) / jnp.maximum(count, 1)}
+
+
+def count_of_asked(batch):
+    return jnp.sum(batch["asked"])
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 16])
+def test_an_average_over_unequal_micro_batches_is_that_of_the_whole_batch(microbatches):
+    model, key = Line(), jax.random.key(4)
+    want = gradients.whole(mean_of_asked, model, ASKED, key)
+    same(gradients.averaged(mean_of_asked, model, ASKED, key, 1), want)
+    same(gradients.averaged(mean_of_asked, model, ASKED, key, microbatches, weights=count_of_asked), want)
+    grads, _ = gradients.averaged(mean_of_asked, model, ASKED, key, microbatches)
+    difference = np.linalg.norm(grads["head"] - want[0]["head"]) / np.linalg.norm(want[0]["head"])
+    assert difference > 0.01  # unweighted it is another mean
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_what_is_not_trainable_has_no_gradient_and_is_not_differentiated(microbatches):
+    @jax.custom_vjp
+    def head_of(x):
+        return x
+
+    def backward(*_):
+        raise AssertionError("differentiated")
+
+    head_of.defvjp(lambda x: (x, None), backward)
+
+    def loss(model, batch, key):
+        score = jnp.tanh(batch["x"] @ model.kernel[...]) @ head_of(model.head[...])
+        return jnp.mean(score**2), {}
+
+    with pytest.raises(AssertionError, match="differentiated"):
+        gradients.averaged(loss, Line(), ASKED, jax.random.key(4), microbatches)
+    got, _ = gradients.averaged(loss, Line(), ASKED, jax.random.key(4), microbatches, lambda path: path == "kernel")
+    assert np.linalg.norm(got["kernel"]) > 0.1 and not got["head"].any()
+
+
+def test_a_batch_that_asks_for_nothing_has_no_loss_and_no_gradient():
+    nothing = {"x": ASKED["x"], "asked": jnp.zeros((16, 3), bool)}
+    grads, metrics = gradients.averaged(mean_of_asked, Line(), nothing, jax.random.key(4), 4, weights=count_of_asked)
+    assert metrics["loss"] == 0 and not any(g.any() for g in jax.tree.leaves(grads))

@@ -209,3 +209,40 @@ def test_optimizer_state_lies_where_its_parameter_lies(name, trainable):
     assert jax.tree.structure(placed) == jax.tree.structure(state)
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
         assert len(sharding.spec) == leaf.ndim
+
+
+def test_the_cosine_ends_at_the_asked_share_of_the_peak():
+    phases = [(100, 10)]
+    plain, ending = (optim.learning_rate(optim.Config(learning_rate=2.0, final=x), phases) for x in (0.0, 0.01))
+    assert ending(100) == pytest.approx(0.02) and ending(0) == pytest.approx(2.0)
+    assert ending(50) == pytest.approx(0.02 + 0.99 * float(plain(50)))
+
+
+def test_parts_move_by_their_own_share_of_the_rate_the_longest_prefix_deciding():
+    params = clip_params()
+    gradients = jax.tree.map(np.ones_like, params)
+
+    def moves(rates):
+        tx = optim.create(optim.Config(name="adamw", weight_decay=0.0, rates=rates), lambda step: 0.5)
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        return {path: np.max(np.abs(leaf)) for path, leaf in unstack(updates).items()}
+
+    plain, own = moves({}), moves({"vision": 0.1, "vision/blocks/mlp": 0.25})
+    ratios = {path: own[path] / plain[path] for path in plain}
+    assert ratios["vision/blocks/mlp/up/kernel[1]"] == pytest.approx(0.25)
+    assert ratios["vision/patch/kernel"] == ratios["vision/blocks/scale1/gamma[0]"] == pytest.approx(0.1)
+    assert ratios["text/token_embedding"] == ratios["log_scale"] == 1
+
+
+def test_a_rate_for_what_is_not_trained_is_refused():
+    tx = optim.create(optim.Config(rates={"vision": 0.5}), lambda step: 0.1, lambda path: path.startswith("text"))
+    with pytest.raises(ValueError, match="names 'vision', and no trained parameter lies there; the parts are text"):
+        tx.init(clip_params())
+
+
+def test_decay_may_reach_every_parameter():
+    params = clip_params()
+    zeros = jax.tree.map(np.zeros_like, params)
+    tx = optim.create(optim.Config(name="adamw", weight_decay=0.1, decay_all=True), lambda step: 0.5)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    jax.tree.map(lambda u, p: np.testing.assert_allclose(u, -0.05 * p, rtol=1e-6), updates, params)
