@@ -112,9 +112,9 @@ def _maker(kind: str) -> tuple[Any, dict[str, Any]]:
     """The module that makes batches of this kind, and what of its arguments the kind decides."""
     # Loaded here, so that a model that only wants its tokenizer does not load Grain.
     if kind == "chat":
-        from pe_jax.data import chat
+        from pe_jax.data import packing
 
-        return chat, {}
+        return packing, {}
     if kind not in KINDS:
         raise ValueError(f"data kind {kind!r} is unknown; the kinds are {', '.join(KINDS)}.")
     from pe_jax.data import pipeline
