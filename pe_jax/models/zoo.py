@@ -11,6 +11,7 @@ from flax import nnx
 from pe_jax.models.clip import CLIP, CLIPConfig
 from pe_jax.models.decoder import DecoderConfig, RopeScaling
 from pe_jax.models.layers import resolve_layers
+from pe_jax.models.sam2 import Sam2Config
 from pe_jax.models.text import TextConfig
 from pe_jax.models.vision import VisionConfig, VisionTower
 from pe_jax.models.vlm import VLM, VLMConfig
@@ -102,6 +103,15 @@ _VLMS: dict[str, VLMConfig] = {
     )
 }
 VLMS: tuple[str, ...] = tuple(_VLMS)
+
+# Segmenters, whose masks teach spatial features (PE §5.2): their image part, as released.
+_SAM2: dict[str, Sam2Config] = {
+    "SAM-2.1-T": Sam2Config(96, (1, 2, 7, 2), 1, (8, 4, 14, 7), (6, 8, 10), 7),
+    "SAM-2.1-S": Sam2Config(96, (1, 2, 11, 2), 1, (8, 4, 14, 7), (8, 11, 14), 7),
+    "SAM-2.1-B+": Sam2Config(112, (2, 3, 16, 3), 2, (8, 4, 14, 7), (13, 17, 21), 14),
+    "SAM-2.1-L": Sam2Config(144, (2, 6, 36, 4), 2, (8, 4, 16, 8), (24, 34, 44), 7),
+}
+SAM2: tuple[str, ...] = tuple(_SAM2)
 
 
 def architecture(spec: str | Mapping[str, Any] | Architecture) -> Architecture:
@@ -215,6 +225,30 @@ def vlm(
         )
     seen = dataclasses.replace(seen, **cut | _known(VisionConfig, tower))
     return VLMConfig(seen, reader, image_token, projector, pooling)
+
+
+def sam2(spec: str | Mapping[str, Any] | Sam2Config) -> Sam2Config:
+    """The segmenter's configuration that `spec` stands for.
+
+    Args:
+      spec: one of `SAM2`; a configuration; or a mapping: `{"base": NAME, ...}` changes fields of one, and a full
+        mapping as `dataclasses.asdict` writes it stands for itself.
+
+    Raises:
+      ValueError: for an unknown name or field, naming its nearest neighbours.
+    """
+    if isinstance(spec, Sam2Config):
+        return spec
+    if isinstance(spec, str):
+        if spec not in _SAM2:
+            near = difflib.get_close_matches(spec, SAM2, 3, 0.3)
+            raise ValueError(f"{spec!r} is no known segmenter; did you mean {' or '.join(near or SAM2)}?")
+        return _SAM2[spec]
+    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in spec.items()}
+    if "base" in fields:
+        base = sam2(fields.pop("base"))
+        return dataclasses.replace(base, **_known(Sam2Config, fields))
+    return _build(Sam2Config, fields)
 
 
 _PARTS: dict[str, Any] = {"vision": VisionConfig, "text": TextConfig}
