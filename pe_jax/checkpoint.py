@@ -183,6 +183,7 @@ def load_weights(
     mesh: Mesh | None = None,
     shardings: Params | None = None,
     expected: Params | None = None,
+    part: str | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Parameters alone, without the optimizer state that may lie beside them.
 
@@ -192,6 +193,7 @@ def load_weights(
       mesh: where to put them; replicated on it unless `shardings` says otherwise. Default: one device.
       shardings: the sharding of each parameter, a nested dict.
       expected: (abstract) parameters of the wanted architecture; names and shapes must agree.
+      part: the first name of the parameters to read, such as "vision"; None reads all.
 
     Returns:
       The nested dict of arrays, and the metadata they were saved with.
@@ -202,6 +204,8 @@ def load_weights(
     path = find(path)
     stored, _ = _describe(path)
     stored.get("params", {}).pop(TRAINING_ONLY, None)
+    if part is not None:
+        stored["params"] = {part: stored["params"][part]}
     if expected is not None:
         _compare(path, stored.get("params", {}), expected)
     default: Any = (

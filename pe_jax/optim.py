@@ -177,7 +177,7 @@ def scale_by_part(rates: Mapping[str, float]) -> optax.GradientTransformation:
     def prefixes(path: Path) -> list[str]:
         return ["/".join(path[:i]) for i in range(len(path), 0, -1)]
 
-    def init(params: Params) -> Any:
+    def init(params: Any) -> Any:
         known = {prefix for keys, _ in _flatten(params) for prefix in prefixes(path_of(keys))}
         if wrong := sorted(set(rates) - known):
             raise ValueError(

@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -96,6 +97,7 @@ class Run:
 
     seed: int
     stage: stages.Stage
+    init: dict[str, str]  # which of the stage's parts start from which weights
     phases: tuple[Phase, ...]
     optimizer: optim.Config
     mesh: dict[str, int]
@@ -133,7 +135,7 @@ def parse(config: Mapping[str, Any]) -> Run:
       ValueError: for an unknown or missing key anywhere, naming its nearest neighbour, or values that do not fit.
     """
     known = {
-        "seed": 0, "stage": None, "batch_size": None, "phases": None, "optimizer": {}, "mesh": {"data": -1},
+        "seed": 0, "stage": None, "init": {}, "batch_size": None, "phases": None, "optimizer": {}, "mesh": {"data": -1},
         "data": None, "evals": {}, "checkpoint": {}, "log_every_steps": 10, "max_loss_rise": None,
         "compiler_options": {},
     }  # fmt: skip
@@ -143,6 +145,7 @@ def parse(config: Mapping[str, Any]) -> Run:
             raise ValueError(f"config lacks {name!r}.")
     config = known | dict(config)
     stage = stages.create(config["stage"])
+    _strict(config["init"], list(stage.parts), "init")
     patch_size = getattr(stage.arch, "vision", stage.arch).patch_size
     phases = []
     for i, phase in enumerate(config["phases"]):
@@ -178,6 +181,7 @@ def parse(config: Mapping[str, Any]) -> Run:
     return Run(
         seed=config["seed"],
         stage=stage,
+        init=dict(config["init"]),
         phases=tuple(phases),
         optimizer=optimizer,
         mesh=dict(config["mesh"]),
@@ -242,9 +246,42 @@ def abstract_state(stage: stages.Stage, tx: optax.GradientTransformation, mesh: 
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, placed)
 
 
-def _fresh(stage: stages.Stage, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def _fresh(
+    stage: stages.Stage,
+    tx: optax.GradientTransformation,
+    seed: int,
+    loaded: Mapping[str, tuple[Any, Params]] | None = None,
+) -> TrainState:
     _, params = split(stage.build(nnx.Rngs(seed)))
+    if loaded:
+        params = stage.start(params, loaded)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key(seed))
+
+
+def first_state(
+    run: Run, tx: optax.GradientTransformation, abstract: TrainState, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state a run begins with: fresh, with the weights that its config starts from.
+
+    Raises:
+      ValueError: if given weights cannot be read, or do not fit.
+      FileNotFoundError: if they are nowhere.
+    """
+    if not run.init:
+        return jax.jit(lambda: _fresh(run.stage, tx, run.seed), out_shardings=_shardings(abstract))()
+    from pe_jax import initial  # here, as in `batch_spec`
+
+    found = {part: initial.read(source, run.stage.parts[part], mesh) for part, source in run.init.items()}
+    configs = {part: config for part, (config, _) in found.items()}
+    loaded = {part: params for part, (_, params) in found.items()}
+
+    def begin(loaded: dict[str, Params]) -> TrainState:
+        return _fresh(run.stage, tx, run.seed, {part: (configs[part], loaded[part]) for part in loaded})
+
+    # Given away, so that they are not held twice; some are cut or resized, which JAX warns of.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return jax.jit(begin, donate_argnums=0, out_shardings=_shardings(abstract))(loaded)
 
 
 def _shardings(state: TrainState) -> TrainState:
@@ -369,8 +406,7 @@ class _Loop:
         }
         with jax.set_mesh(self.mesh):
             if resumed is None:
-                init = jax.jit(lambda: _fresh(run.stage, tx, run.seed), out_shardings=_shardings(abstract))
-                self.state = init()
+                self.state = first_state(run, tx, abstract, self.mesh)
             else:
                 self.state, found = saver.restore(abstract)
                 self.record |= {name: found[name] for name in ("evaluated", "lowest_loss") if name in found}

@@ -351,13 +351,10 @@ def changed(config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     if given.get("micro"):
         new["stage"]["microbatches"] = given["micro"]
     if given.get("remat"):
-        arch: Any = new["stage"]["arch"]
-        arch = {"base": arch} if isinstance(arch, str) else arch
-        changes = {
-            part: dict(arch.get(part, {})) | {"remat": given["remat"]} if part else given["remat"]
-            for part in _parts(stages.create(new["stage"]).arch)
-        }
-        new["stage"]["arch"] = arch | {part or "remat": change for part, change in changes.items()}
+        arch = stages.create(new["stage"]).arch
+        new["stage"]["arch"] = fields = zoo.to_dict(arch)
+        for part in _parts(arch):
+            (fields[part] if part else fields)["remat"] = given["remat"]
     return new
 
 

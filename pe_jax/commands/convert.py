@@ -4,11 +4,12 @@
   pe-jax convert runs/mine mine.safetensors --to meta
   pe-jax convert PE-Core-B16-224 timm_b16.pt --to timm
   pe-jax convert PE-Spatial-L14-448.pt l14.safetensors --to timm --model PE-Spatial-L14-448 --json
+  pe-jax convert runs/lang PE-Lang-G14-448.safetensors --to meta --model PE-Lang-G14-448
 
 SRC is a .pt or .safetensors file (or folder of shards) of any layout, an Orbax weights directory, the workdir of a
 run, a released name, or an hf:// or gs:// address. The suffix of DST, .pt or .safetensors, says which file to write;
 with --to orbax it is a directory. timm holds the vision tower alone. Types are kept between Orbax and files; PyTorch
-files are read into float32.
+files are read into float32. Of a vision-language model the tower is kept, which is what its training was for.
 """
 
 import argparse
@@ -97,12 +98,16 @@ def _read(args: argparse.Namespace) -> tuple[Any, Any, str, str | None, dict[str
     from pe_jax.convert import pe, weights
     from pe_jax.data.image import Preprocess
     from pe_jax.models import zoo
+    from pe_jax.models.vlm import VLMConfig
 
     path = hub.resolve(args.source, offline=args.offline)
     name = args.model or (args.source if args.source in zoo.NAMES else None)
     if checkpoint.is_checkpoint(path):
-        params, found = checkpoint.load_weights(path)
-        layout, had = "orbax", zoo.architecture(found["architecture"])
+        layout, had = "orbax", zoo.architecture(checkpoint.metadata(path)["architecture"])
+        part = "vision" if isinstance(had, VLMConfig) else None  # the decoder may be too large for this machine
+        params, found = checkpoint.load_weights(path, part=part)
+        if isinstance(had, VLMConfig):
+            params, had = params["vision"], had.vision
         config = zoo.architecture(args.model) if args.model else had
         if config != had:
             tensors = pe.from_params(params, had, "meta")

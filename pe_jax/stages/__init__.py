@@ -13,9 +13,10 @@ from flax import nnx
 
 from pe_jax.models import zoo
 from pe_jax.stages.contrastive import Contrastive
+from pe_jax.stages.language import Language
 from pe_jax.types import Batch, Inputs, Key, Metrics, Params
 
-__all__ = ["Contrastive", "Stage", "create"]
+__all__ = ["Contrastive", "Language", "Stage", "create"]
 
 
 @runtime_checkable
@@ -31,6 +32,18 @@ class Stage(Protocol):
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The model, freshly initialised; under `nnx.eval_shape` nothing is allocated."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, Any]:
+        """The parts of the model that may start from given weights, and as what each is read (`pe_jax.initial`)."""
+        ...
+
+    def start(self, params: Params, loaded: Mapping[str, tuple[Any, Params]]) -> Params:
+        """Fresh parameters with loaded ones in their places: configuration and parameters of each part given.
+
+        It is traced by jit, so that what is replaced is never computed.
+        """
         ...
 
     def trainable(self, path: str) -> bool:
@@ -54,7 +67,7 @@ class Stage(Protocol):
         ...
 
 
-_STAGES: dict[str, type[Any]] = {"contrastive": Contrastive}
+_STAGES: dict[str, type[Any]] = {"contrastive": Contrastive, "language": Language}
 
 
 def create(config: Mapping[str, Any]) -> Stage:

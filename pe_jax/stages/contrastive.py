@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from pe_jax import gradients, losses
 from pe_jax.models import zoo
 from pe_jax.models.clip import CLIP, CLIPConfig, unit
+from pe_jax.stages import placing
 from pe_jax.types import Batch, Inputs, Key, Metrics, Params
 
 
@@ -58,11 +59,22 @@ class Contrastive:
     def inputs(self) -> Inputs:
         return Inputs("pairs", {"context_length": self.arch.text.context_length})
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        return {"model": "model"}
+
     def build(self, rngs: nnx.Rngs) -> CLIP:
         model = CLIP(self.arch, rngs=rngs)
         if self.mask_ratio:
             model.training = TrainingOnly(self.arch.vision.width, rngs=rngs)
         return model
+
+    def start(self, params: Params, loaded: Mapping[str, tuple[Any, Params]]) -> Params:
+        if "model" not in loaded:
+            return params
+        _, given = loaded["model"]
+        placing.check(given, {name: x for name, x in params.items() if name != "training"}, "weights of init.model")
+        return params | placing.cast(given, params)
 
     def trainable(self, path: str) -> bool:
         return not any(path == part or path.startswith(part + "/") for part in self.frozen)
