@@ -13,25 +13,20 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from pe_jax.convert import weights
+from pe_jax.convert import slots, weights
 from pe_jax.convert.pe import Report
+from pe_jax.convert.slots import SHARD_BYTES, Lazy, Slot
 from pe_jax.models.decoder import Decoder, DecoderConfig, RopeScaling
 from pe_jax.types import Params, split
 
 LAYOUTS = ("hf", "meta")
-SHARD_BYTES = 5_000_000_000  # of a safetensors file, before the next begins
 
-_Path: TypeAlias = tuple[str, ...]
 # What a file may hold that follows from the configuration: the frequencies of the rotary positions.
 _DERIVED = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -77,56 +72,37 @@ _ROWS = (
 _EMBEDDING, _OUTPUT = _ROWS[0], _ROWS[-1]
 
 
-class _Slot(NamedTuple):
-    """One parameter, or one block's slice of a stacked one, and its tensors."""
-
-    row: Row
-    path: _Path
-    block: int | None
-    names: list[str]
-    stored: list[tuple[int, ...]]
-
-
 def abstract(config: DecoderConfig) -> Decoder:
     """The decoder with shapes in place of arrays; allocates nothing."""
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def _leaf(tree: Params, path: _Path) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _slots(config: DecoderConfig, layout: str) -> list[_Slot]:
+def layout_slots(config: DecoderConfig, layout: str) -> list[Slot]:
     """Every parameter of the architecture with its tensors, in the order of the network."""
+    return [slot for _, slot in _slots(config, layout)]
+
+
+def _slots(config: DecoderConfig, layout: str) -> list[tuple[Row, Slot]]:
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}.")
     if layout == "meta" and config.qkv_bias:
         raise ValueError('layout="meta" has no biases, and this architecture has some on q, k and v: use "hf".')
     params = split(abstract(config))[1]
-    ours = {".".join(path) for path in _paths(params)}
+    ours = {".".join(path) for path in slots.paths(params)}
 
-    def slot(row: Row, block: int | None) -> _Slot:
+    def slot(row: Row, block: int | None) -> tuple[Row, Slot]:
         path = tuple(row.path.split("."))
-        shape = _leaf(params, path).shape[0 if block is None else 1 :]
-        return _Slot(
-            row, path, block, [name.format(block) for name in getattr(row, layout).split()], _stored(row, shape, config)
-        )
+        shape = slots.leaf(params, path).shape[0 if block is None else 1 :]
+        names = [name.format(block) for name in getattr(row, layout).split()]
+        load = functools.partial(_load, row.kind, config=config, layout=layout)
+        store = functools.partial(_store, row.kind, config=config, layout=layout)
+        return row, Slot(path, block, names, _stored(row, shape, config), load, store)
 
     rows = [row for row in _ROWS if row.path in ours]
     assert len(rows) == len(ours), ours
     blocks = [slot(row, block) for block in range(config.depth) for row in rows if "{}" in row.hf]
     first, *last = [slot(row, None) for row in rows if "{}" not in row.hf]
     return [first, *blocks, *last]
-
-
-def _paths(tree: Mapping[str, Any], path: _Path = ()) -> list[_Path]:
-    return [
-        found
-        for name, branch in tree.items()
-        for found in (_paths(branch, (*path, name)) if isinstance(branch, Mapping) else [(*path, name)])
-    ]
 
 
 def _stored(row: Row, shape: tuple[int, ...], config: DecoderConfig) -> list[tuple[int, ...]]:
@@ -137,11 +113,11 @@ def _stored(row: Row, shape: tuple[int, ...], config: DecoderConfig) -> list[tup
     return [shape]
 
 
-def _load(slot: _Slot, tensors: Sequence[np.ndarray], config: DecoderConfig, layout: str) -> np.ndarray:
+def _load(kind: str, tensors: Sequence[np.ndarray], config: DecoderConfig, layout: str) -> np.ndarray:
     """Stored → ours."""
-    if slot.row.kind == "linear":
+    if kind == "linear":
         return tensors[0].T
-    if slot.row.kind != "qkv":
+    if kind != "qkv":
         return tensors[0]
     c, rest = config, tensors[0].shape[1:]
     q, k, v = (tensor.reshape(c.kv_heads, -1, c.head_dim, *rest) for tensor in tensors)
@@ -150,11 +126,11 @@ def _load(slot: _Slot, tensors: Sequence[np.ndarray], config: DecoderConfig, lay
     return np.concatenate([q, k, v], 1).reshape(-1, *rest).T
 
 
-def _store(slot: _Slot, param: np.ndarray, config: DecoderConfig, layout: str) -> list[np.ndarray]:
+def _store(kind: str, param: np.ndarray, config: DecoderConfig, layout: str) -> list[np.ndarray]:
     """Ours → stored; the inverse of `_load`."""
-    if slot.row.kind == "linear":
+    if kind == "linear":
         return [param.T]
-    if slot.row.kind != "qkv":
+    if kind != "qkv":
         return [param]
     c, rest = config, param.shape[:-1]
     whole = param.T.reshape(c.kv_heads, c.group + 2, c.head_dim, *rest)
@@ -172,18 +148,6 @@ def _halved(x: np.ndarray) -> np.ndarray:
 def _adjacent(x: np.ndarray) -> np.ndarray:
     """The inverse of `_halved`."""
     return np.swapaxes(x.reshape(*x.shape[:2], 2, -1, *x.shape[3:]), 2, 3).reshape(x.shape)
-
-
-class Lazy:
-    """A tensor that is made when NumPy asks for its numbers; until then only its shape and type are known."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any, make: Callable[[], np.ndarray]):
-        self.shape, self.dtype, self._make = tuple(shape), np.dtype(dtype), make
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        made = np.asarray(self._make(), self.dtype if dtype is None else dtype)
-        assert made.shape == self.shape, (made.shape, self.shape)
-        return made
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -240,7 +204,9 @@ def merged(pieces: Sequence[Mapping[str, Any]], config: DecoderConfig) -> dict[s
     """
     if len(pieces) == 1:
         return dict(pieces[0])
-    expected = _expected(config, "meta") | {_OUTPUT.meta: (config.vocab_size, config.width)}  # also of a tied model
+    expected = slots.expected(layout_slots(config, "meta")) | {
+        _OUTPUT.meta: (config.vocab_size, config.width)
+    }  # also of a tied model
     for number, piece in enumerate(pieces):
         if differing := sorted(set(piece) ^ set(pieces[0])):
             raise ValueError(f"Pieces 0 and {number} differ in their names: {', '.join(differing[:10])}.")
@@ -291,80 +257,12 @@ def to_params(
     """
     if layout == "auto":
         layout = "meta" if _EMBEDDING.meta in tensors else "hf"
-    slots = _slots(config, layout)
-    named = _account(tensors, slots, config, layout)
-    params, shapes = {}, split(abstract(config))[1]
-    for slot in slots:
-        value = _load(slot, [np.asarray(named[name]) for name in slot.names], config, layout)
-        kind = np.dtype(value.dtype if dtype is None else dtype)
-        place = SingleDeviceSharding(jax.local_devices()[0]) if shardings is None else _leaf(shardings, slot.path)
-        branch = params
-        for name in slot.path[:-1]:
-            branch = branch.setdefault(name, {})
-        name = slot.path[-1]
-        if slot.block is None:
-            branch[name] = _put(value, kind, place)
-            continue
-        if name not in branch:
-            shape = _leaf(shapes, slot.path).shape
-            branch[name] = jax.jit(lambda s=shape, k=kind: jnp.zeros(s, k), out_shardings=place)()
-        elif branch[name].dtype != kind:
-            raise ValueError(
-                f"{slot.names[0]} is {kind}, the blocks before it {branch[name].dtype}; one array holds them all: "
-                "pass dtype to convert them."
-            )
-        of_block = place
-        if isinstance(place, NamedSharding):
-            of_block = NamedSharding(place.mesh, PartitionSpec(*tuple(place.spec)[1:]))
-        branch[name] = _set_block(branch[name], _put(value, kind, of_block), slot.block)
-    return params
-
-
-def _put(value: np.ndarray, dtype: np.dtype, place: jax.sharding.Sharding) -> jax.Array:
-    """An array on its devices; each process copies what its own devices hold."""
-    return jax.make_array_from_callback(value.shape, place, lambda index: np.array(value[index], dtype, order="C"))
-
-
-@jax.jit(donate_argnums=0)
-def _set_block(stacked: jax.Array, of_block: jax.Array, block: jax.Array | int) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(stacked, of_block, block, 0)
-
-
-def _expected(config: DecoderConfig, layout: str) -> dict[str, tuple[int, ...]]:
-    return {name: shape for slot in _slots(config, layout) for name, shape in zip(slot.names, slot.stored, strict=True)}
-
-
-def _account(tensors: Mapping[str, Any], slots: list[_Slot], config: DecoderConfig, layout: str) -> dict[str, Any]:
-    """The tensors that are parameters; raises one error about all that is wrong with names, shapes and types."""
-    expected = {name: shape for slot in slots for name, shape in zip(slot.names, slot.stored, strict=True)}
+    held, report = layout_slots(config, layout), Report()
     named = {name: tensor for name, tensor in tensors.items() if not _DERIVED.fullmatch(name)}
-    report = Report()
-    output, embedding = getattr(_OUTPUT, layout), getattr(_EMBEDDING, layout)
-    if config.tied and output in named and embedding in named and not _equal(named.pop(output), named[embedding]):
-        report.other(
-            f"{output} is not {embedding}, and this architecture ties them: use one with tied=False, if that is the "
-            "model"
-        )
-    spare = [name for name in named if name not in expected]
-    for name, shape in expected.items():
-        if name not in named:
-            report.missing(name, shape, spare)
-        elif tuple(named[name].shape) != shape:
-            report.shape(name, tuple(named[name].shape), shape)
-        elif not jnp.issubdtype(named[name].dtype, np.floating):
-            report.other(f"{name} is {named[name].dtype}; want a floating type")
-    for name in spare:
-        report.unexpected(name, expected)
-    report.check(f"The tensors do not fit the architecture (read as layout {layout})")
-    return named
-
-
-def _equal(one: Any, other: Any) -> bool:
-    one, other = np.asarray(one), np.asarray(other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    rows = range(0, len(one), 4096)  # a comparison of the whole would be as large as the table
-    return all(np.array_equal(one[row : row + 4096], other[row : row + 4096]) for row in rows)
+    if config.tied:
+        named = slots.without_copy(named, getattr(_OUTPUT, layout), getattr(_EMBEDDING, layout), report)
+    slots.account(named, held, report, layout)
+    return slots.place(named, held, split(abstract(config))[1], shardings, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -384,29 +282,7 @@ def from_params(params: Params, config: DecoderConfig, layout: str, *, dtype: An
     Raises:
       ValueError: listing every parameter that is missing, unexpected or of another shape.
     """
-    wanted = split(abstract(config))[1]
-    want = {".".join(path): _leaf(wanted, path) for path in _paths(wanted)}
-    given = {".".join(path): _leaf(params, path) for path in _paths(params)}
-    report = Report()
-    for name, leaf in want.items():
-        if name not in given:
-            report.missing(name, leaf.shape, given.keys() - want.keys())
-        elif tuple(given[name].shape) != leaf.shape:
-            report.shape(name, tuple(given[name].shape), leaf.shape)
-    for name in given.keys() - want.keys():
-        report.unexpected(name, want)
-    report.check("The parameters do not fit the architecture")
-
-    def lazy(slot: _Slot, number: int) -> Lazy:
-        leaf = _leaf(params, slot.path)
-
-        def make() -> np.ndarray:
-            param = np.asarray(leaf if slot.block is None else leaf[slot.block])
-            return _store(slot, param, config, layout)[number]
-
-        return Lazy(slot.stored[number], leaf.dtype if dtype is None else dtype, make)
-
-    tensors = {name: lazy(slot, i) for slot in _slots(config, layout) for i, name in enumerate(slot.names)}
+    tensors = slots.tensors(params, layout_slots(config, layout), split(abstract(config))[1], dtype)
     if layout == "meta" and config.tied:
         tensors[_OUTPUT.meta] = tensors[_EMBEDDING.meta]
     return tensors
@@ -445,35 +321,15 @@ def write(
         return
     if pieces != 1:
         raise ValueError(f'pieces={pieces} belongs to layout="meta"; "hf" is cut by shard_bytes.')
-    files: list[dict[str, Lazy]] = [{}]
-    size = total = 0
-    for name, tensor in tensors.items():
-        nbytes = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
-        if files[-1] and size + nbytes > shard_bytes:
-            files.append({})
-            size = 0
-        files[-1][name] = tensor
-        size, total = size + nbytes, total + nbytes
-    folder.mkdir(parents=True, exist_ok=True)
     kind = np.dtype(dtype if dtype is not None else tensors[_EMBEDDING.hf].dtype).name
-    (folder / "config.json").write_text(json.dumps(to_hf_config(config) | {"torch_dtype": kind}, indent=2) + "\n")
-    if len(files) == 1:
-        weights.write(folder / "model.safetensors", files[0])
-        return
-    places = {}
-    for number, part in enumerate(files, 1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        weights.write(folder / file, part)
-        places |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / weights.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    slots.write_shards(folder, tensors, to_hf_config(config) | {"torch_dtype": kind}, shard_bytes)
 
 
 def _cut(tensors: Mapping[str, Lazy], config: DecoderConfig, pieces: int) -> list[dict[str, Any]]:
     """Meta's pieces of the tensors; a head is never cut."""
     if pieces == 1:
         return [dict(tensors)]
-    axes = {name: slot.row.cut for slot in _slots(config, "meta") for name in slot.names} | {_OUTPUT.meta: 0}
+    axes = {name: row.cut for row, slot in _slots(config, "meta") for name in slot.names} | {_OUTPUT.meta: 0}
     sizes = {"kv_heads": config.kv_heads, "mlp_width": config.mlp_width, "vocab_size": config.vocab_size}
     if uneven := {name: size for name, size in sizes.items() if size % pieces}:
         raise ValueError(f"pieces={pieces} does not divide {uneven}; choose a number that does.")

@@ -246,6 +246,11 @@ def _slots(config: zoo.Architecture, place: _Place) -> list[_Slot]:
     return slots
 
 
+def tower_slots(config: VisionConfig, layout: str, prefix: str) -> list[_Slot]:
+    """Every parameter of a tower that lies inside a larger model's file, its names of a layout behind `prefix`."""
+    return _slots(config, dataclasses.replace(_write_place(config, layout), vision=prefix))
+
+
 def _heads(config: zoo.Architecture, path: _Path) -> int:
     """Of the attention that a parameter belongs to."""
     if "text" in path:
@@ -539,7 +544,7 @@ def _nested(leaves: Mapping[_Path, np.ndarray]) -> Params:
 
 
 def _vision(config: zoo.Architecture) -> VisionConfig:
-    return config.vision if isinstance(config, CLIPConfig) else config
+    return config if isinstance(config, VisionConfig) else config.vision
 
 
 def _side(tensor: np.ndarray | None, config: zoo.Architecture) -> int | None:
