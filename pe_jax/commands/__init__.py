@@ -24,6 +24,14 @@ def load_model(args: argparse.Namespace, mesh_shape: Any = None, devices: Any = 
     return pe_jax.load(args.model, args.weights, offline=args.offline, dtype=args.dtype, mesh=mesh)
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """I and N of "I/N": this is process I, counted from 0, of N."""
+    index, slash, parts = text.partition("/")
+    if not (slash and index.isdigit() and parts.isdigit()):
+        raise ValueError(f"--part {text}: want I/N, such as 0/4 to 3/4.")
+    return int(index), int(parts)
+
+
 class Bars:
     """Where a long run is, on stderr: bars in a terminal, elsewhere a line a stage and every half minute.
 
@@ -66,3 +74,37 @@ class Bars:
                 self._told = now
                 left = round((total - done) * (now - first) / (done - start))
                 print(f"{stage}: {done:,} of {total:,}, {left // 60}:{left % 60:02} left", file=sys.stderr, flush=True)
+
+
+def add_assistant_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which vision-language model to load, and how it reads."""
+    parser.add_argument("--model", required=True, help="a run of the language stage, or a folder of Perception-LM")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of activations (the model's own)")
+    parser.add_argument("--offline", action="store_true", help="use only weights that are already on this machine")
+    own = parser.add_argument_group("where the model's folder does not say it, or otherwise than it says")
+    own.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, a tokenizer.model, or their folder")
+    own.add_argument("--template", help="llama3, qwen2, or plain for a warm-up")
+    own.add_argument("--image-size", type=int, metavar="PIXELS", help="of a chunk's side")
+    own.add_argument("--max-tiles", type=int, metavar="N", help="tiles of an image beside its thumbnail; 1: the image")
+    own.add_argument("--frames", type=int, metavar="N", help="the most frames of a video")
+
+
+def load_assistant(args: argparse.Namespace) -> Any:
+    """The assistant that `add_assistant_arguments` asked for, over the devices of this process."""
+    import jax
+
+    import pe_jax
+    from pe_jax import assistant
+
+    devices = jax.local_devices()
+    return assistant.load(
+        args.model,
+        tokenizer=args.tokenizer,
+        template=args.template,
+        image_size=args.image_size,
+        max_tiles=args.max_tiles,
+        frames=args.frames,
+        dtype=args.dtype,
+        mesh=pe_jax.make_mesh(None, devices) if len(devices) > 1 else None,
+        offline=args.offline,
+    )

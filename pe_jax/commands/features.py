@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pe_jax.commands import add_model_arguments, load_model
+from pe_jax.commands import add_model_arguments, load_model, part_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    part = None if args.part is None else _part(args.part)
+    part = None if args.part is None else part_of(args.part)
     layers = _layers(args.layers)
 
     import jax
@@ -159,10 +159,3 @@ def _layers(text: str | None) -> tuple[int, ...] | str | None:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:
         raise ValueError(f'--layers {text}: want numbers like 8,-1 (written --layers=-1,8), or "all".') from error
-
-
-def _part(text: str) -> tuple[int, int]:
-    index, slash, parts = text.partition("/")
-    if not (slash and index.isdigit() and parts.isdigit()):
-        raise ValueError(f"--part {text}: want I/N, such as 0/4 to 3/4.")
-    return int(index), int(parts)

@@ -16,11 +16,13 @@ from pe_jax.evals.retrieval import Retrieval
 from pe_jax.evals.segmentation import Segmentation
 from pe_jax.evals.tracking import Tracking
 from pe_jax.evals.video import VideoRetrieval, VideoZeroShot
+from pe_jax.evals.vlm import Answers
 from pe_jax.evals.zero_shot import ZeroShot
 
 __all__ = [
     "KNN",
     "Analysis",
+    "Answers",
     "Attention",
     "Correspondence",
     "Depth",
@@ -52,6 +54,7 @@ _EVALUATORS: dict[str, type[Any]] = {
     "tracking": Tracking,
     "correspondence": Correspondence,
     "analysis": Analysis,
+    "vlm": Answers,
 }
 _OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's business
 

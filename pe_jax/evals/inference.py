@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from pe_jax import sharding
@@ -58,13 +59,13 @@ def tokenizer_of(model: CLIP) -> Tokenizer:
     return getattr(model, "tokenize", None) or Tokenizer(model.text.config.context_length)
 
 
-def mesh_of(model: Model) -> Mesh | None:
+def mesh_of(model: nnx.Module) -> Mesh | None:
     """The mesh that the parameters lie on; None where they are on one device without one."""
     placed = jax.tree.leaves(model)[0].sharding
     return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(model: nnx.Module) -> str:
     """16 hex digits that tell weights apart: of every parameter's name, shape, dtype and bits.
 
     Equal on any mesh and any number of processes, for it adds up integers; no parameter leaves its device.
