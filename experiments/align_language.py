@@ -117,7 +117,7 @@ def get_config(arg: str = "midtrain,3B") -> ConfigDict:
             "mesh": {"dcn": 1, "data": -1, "fsdp": fsdp, "tensor": 1},
             "data": {
                 "name": "chat",
-                "sources": [{"name": "jsonl" if data.endswith(".jsonl") else "array_record", "path": data}],
+                "sources": [{"name": "conversations" if data.endswith(".jsonl") else "array_record", "path": data}],
                 "tokenizer": given.get("tokenizer", weights.rpartition("/")[2]),
                 "template": "plain" if "warmup" in stage else template,
                 "length": length,

@@ -122,40 +122,6 @@ NOTES = {
 # ---- what a part of a model costs ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """The shapes of a Llama 3."""
-
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    mlp_width: int
-    tied: bool  # the head is the embedding
-    vocab_size: int = 128_256
-
-    @property
-    def _kernels(self) -> int:
-        """Of one block: queries and output, keys and values, and a gated MLP."""
-        kv_width = self.width // self.heads * self.kv_heads
-        return self.width * (2 * self.width + 2 * kv_width + 3 * self.mlp_width)
-
-    def parameters(self) -> int:
-        embeddings = (1 if self.tied else 2) * self.vocab_size * self.width
-        return self.depth * (self._kernels + 2 * self.width) + self.width + embeddings
-
-    def forward_flops(self, tokens: float, predicting: float) -> float:
-        """Of one sequence, of which so many tokens predict the next; attention in full, as `zoo` counts text towers."""
-        blocks = self.depth * (2 * tokens * self._kernels + 4 * tokens**2 * self.width)
-        return blocks + 2 * predicting * self.vocab_size * self.width
-
-
-DECODERS = {
-    "Llama-3.2-3B": Decoder(3072, 28, 24, 8, 8192, tied=True),
-    "Llama-3.1-8B": Decoder(4096, 32, 32, 8, 14336, tied=False),
-}
-
-
 def sam_encoder_flops() -> int:
     """SAM 2.1-L on an image of 1,024 px: Hiera-L, its neck, and the two maps that every mask is refined with.
 
@@ -317,11 +283,11 @@ def _through_decoder(
 
     In the warm-up the projector alone learns.
     """
-    vision, decoder = _architecture(tower, VisionConfig), DECODERS[llm]
+    vision, decoder = _architecture(tower, VisionConfig), zoo.decoder(llm)
     views = sum(s.share * s.views for s in samples)
     projector = 2 * vision.grid**2 * (vision.width * decoder.width + decoder.width**2)
     one = _tower("vision", vision, 3 if trained else 1)
-    spoken = sum(s.share * decoder.forward_flops(s.views * s.view_tokens + s.text, s.text) for s in samples)
+    spoken = sum(s.share * zoo.decoder_flops(decoder, s.views * s.view_tokens + s.text, s.text) for s in samples)
     parts = (
         dataclasses.replace(one, flops=views * one.flops),
         Part("projector", 3 * views * projector, "decoder"),

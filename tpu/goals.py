@@ -4,7 +4,7 @@
   python -m tpu.goals --only=v5e-256              some rows, by a part of their names
   python -m tpu.goals --read=tpu/results   prints the tables of figures kept before
 
-Every row is one run of `tpu.aot` on the published recipe (`experiments/pretrain_core.py`), in a process of its own.
+Every row is one run of `tpu.aot` on a published recipe (`experiments/`), in a process of its own.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 GIB = 2**30
-BATCH = 131_072
+BATCH = 131_072  # of pretraining; other rows have their experiment's
 COMPILE_SECONDS = 240  # at most, on two quiet cores
 PHASES = {224: -3, 336: -2, 448: -1}  # of G14; L14 ends with 336
 
@@ -28,7 +28,7 @@ PHASES = {224: -3, 336: -2, 448: -1}  # of G14; L14 ends with 336
 class Row:
     """One program, and what is wanted of it; what is None is only told."""
 
-    size: str  # of `experiments/pretrain_core.py`
+    size: str  # the experiment's argument
     pixels: int
     topology: str
     mesh: str
@@ -38,10 +38,11 @@ class Row:
     spare: float | None = None  # share of HBM left, at least
     mfu: float | None = None  # middle reading, at least
     exposed: float | None = None  # share of the step, at most
+    experiment: str = "pretrain_core"
 
     @property
     def executed(self) -> float:
-        """Over model FLOPs, at most: micro-batches cost one forward pass more."""
+        """Over model FLOPs, at most: micro-batches of a loss between examples cost one forward pass more."""
         return 1.15 if self.micro == 1 else 1.40
 
     @property
@@ -55,11 +56,12 @@ class Row:
 
     @property
     def command(self) -> list[str]:
-        phase = -1 if self.size == "L14" else PHASES[self.pixels]
         words = [
-            f"--config=experiments/pretrain_core.py:{self.size}", f"--topology={self.topology}", f"--mesh={self.mesh}",
-            f"--micro={self.micro}", f"--remat={self.remat}", f"--phase={phase}", f"--batch={BATCH}",
+            f"--config=experiments/{self.experiment}.py:{self.size}", f"--topology={self.topology}",
+            f"--mesh={self.mesh}", f"--micro={self.micro}", f"--remat={self.remat}",
         ]  # fmt: skip
+        if self.experiment == "pretrain_core":
+            words += [f"--phase={-1 if self.size == 'L14' else PHASES[self.pixels]}", f"--batch={BATCH}"]
         return words + ([f"--slices={self.slices}"] if self.slices > 1 else [])
 
 

@@ -327,6 +327,22 @@ def forward_flops(
     return frames * (flops + 2 * width * (config.output_width or 0))
 
 
+def decoder_flops(config: DecoderConfig, tokens: int, scored: int | None = None) -> int:
+    """Floating point operations of all matrix products of one row's forward pass through a decoder.
+
+    Attention is counted in full, as for a text tower, though a causal kernel skips half of it.
+
+    Args:
+      config: the decoder.
+      tokens: of the row.
+      scored: how many of them are scored against the vocabulary; None is all.
+    """
+    attended = config.heads * config.head_dim
+    kernels = config.width * (2 * attended + 2 * config.kv_heads * config.head_dim + 3 * config.mlp_width)
+    blocks = config.depth * (2 * tokens * kernels + 4 * tokens**2 * attended)
+    return blocks + 2 * (tokens if scored is None else scored) * config.vocab_size * config.width
+
+
 def _block_flops(config: VisionConfig | TextConfig, tokens: int) -> int:
     linear = 2 * tokens * (4 * config.width**2 + 2 * config.width * config.mlp_width)
     return config.depth * (linear + 4 * tokens**2 * config.width)

@@ -10,7 +10,6 @@ from flax import nnx
 
 from pe_jax import gradients, losses
 from pe_jax.models import zoo
-from pe_jax.models.decoder import DecoderConfig
 from pe_jax.models.vlm import VLM, VLMConfig
 from pe_jax.stages import placing
 from pe_jax.stages.contrastive import pixels
@@ -105,7 +104,7 @@ class Language:
             projector += 2 * tokens * c.vision.width * wide
         below = moves["vision"] or moves["projector"]
         projector *= 1 + moves["projector"] + moves["vision"]
-        decoder = (1 + moves["decoder"] + (below or moves["decoder"])) * decoder_flops(c.decoder, length)
+        decoder = (1 + moves["decoder"] + (below or moves["decoder"])) * zoo.decoder_flops(c.decoder, length)
         return rows * (chunks * (vision + projector) + decoder)
 
     def project(self, params: Params) -> Params:
@@ -136,15 +135,3 @@ class Language:
 def _asked(batch: Batch) -> jax.Array:
     """How many tokens are asked for."""
     return jnp.sum(batch["targets"] >= 0)
-
-
-def decoder_flops(config: DecoderConfig, tokens: int) -> int:
-    """Floating point operations of a row's forward pass, the scores of every token of it included.
-
-    Attention is counted in full, as `zoo.forward_flops` counts the text tower's, though a causal kernel skips half.
-    """
-    attended = config.heads * config.head_dim
-    columns = config.kv_heads * (config.group + 2) * config.head_dim
-    kernels = config.width * (columns + attended + 3 * config.mlp_width)
-    blocks = config.depth * (2 * tokens * kernels + 4 * tokens**2 * attended)
-    return blocks + 2 * tokens * config.vocab_size * config.width

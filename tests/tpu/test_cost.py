@@ -64,16 +64,11 @@ def test_short_stages_see_the_published_numbers_of_examples():
     assert [phase.examples for phase in cost.plm("L")] == [1_000_000, 72_500_000, 19_100_000]
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("Llama-3.2-3B", 3_212_749_824), ("Llama-3.1-8B", 8_030_261_248)])
-def test_decoders_have_the_published_number_of_parameters(name, parameters):
-    assert cost.DECODERS[name].parameters() == parameters
-
-
 def test_a_decoder_takes_two_flops_per_parameter_and_token_and_its_attention():
-    decoder = cost.DECODERS["Llama-3.1-8B"]
-    products = decoder.parameters() - 128_256 * 4096 - 65 * 4096  # neither the embedding nor norms are products
-    assert decoder.forward_flops(1, 1) == 2 * products + 4 * 32 * 4096
-    assert decoder.forward_flops(100, 0) == 100 * (decoder.forward_flops(1, 0) + 99 * 4 * 32 * 4096)
+    config = zoo.decoder("Llama-3.1-8B")
+    products = 8_030_261_248 - 128_256 * 4096 - 65 * 4096  # neither the embedding nor norms are products
+    assert zoo.decoder_flops(config, 1) == 2 * products + 4 * 32 * 4096
+    assert zoo.decoder_flops(config, 100, 0) == 100 * (zoo.decoder_flops(config, 1, 0) + 99 * 4 * 32 * 4096)
 
 
 def test_sam_costs_what_a_flop_counter_finds_in_an_independent_implementation():
@@ -84,7 +79,7 @@ def test_sam_costs_what_a_flop_counter_finds_in_an_independent_implementation():
 
 def test_frozen_parts_cost_one_forward_pass_or_two_where_gradients_pass_through():
     tower = zoo.forward_flops(zoo.architecture("PE-Lang-G14-448"))
-    spoken = cost.DECODERS["Llama-3.2-3B"].forward_flops(1024 + 256, 256)
+    spoken = zoo.decoder_flops(zoo.decoder("Llama-3.2-3B"), 1024 + 256, 256)
     projector = 2 * 1024 * (1536 * 3072 + 3072 * 3072)
     warm_up, _ = cost.language("G")
     assert [part.flops for part in warm_up.parts] == [tower, 3 * projector, 2 * spoken]
@@ -95,7 +90,8 @@ def test_aligning_with_language_trains_everything_on_views_and_text_of_the_mix()
     tower = zoo.forward_flops(zoo.architecture("PE-Lang-L14-448"))
     assert aligned.parts[0].flops == pytest.approx(3 * tower * (50.5 * 1 + 19.0 * 16) / 72.5)
     lengths = {1024 + 512: 50.5, 16 * 256 + 512: 19.0, 512: 3.0}
-    spoken = sum(share / 72.5 * cost.DECODERS["Llama-3.2-3B"].forward_flops(n, 512) for n, share in lengths.items())
+    decoder = zoo.decoder("Llama-3.2-3B")
+    spoken = sum(share / 72.5 * zoo.decoder_flops(decoder, n, 512) for n, share in lengths.items())
     assert aligned.parts[2].flops == pytest.approx(3 * spoken)
 
 

@@ -47,11 +47,12 @@ def test_every_row_names_a_mesh_of_its_slice_that_cuts_its_batch_and_a_phase_of_
     mesh, sides = aot.mesh_of(row.mesh), row.topology.partition(":")[2]
     assert math.prod(mesh.values()) == row.slices * math.prod(int(side) for side in sides.split("x"))
     words = dict(word.split("=", 1) for word in row.command)
-    config = aot.changed(aot.config_of(words["--config"]), batch=goals.BATCH, micro=row.micro, remat=row.remat)
-    run = train.parse(config)
-    phase = run.phases[int(words["--phase"])]
-    assert phase.image_size == row.pixels and phase.batch_size % (math.prod(mesh.values()) * row.micro) == 0
-    assert phase.batch_size // row.micro % run.stage.mask_every == 0
+    batch = int(words["--batch"]) if "--batch" in words else None
+    run = train.parse(aot.changed(aot.config_of(words["--config"]), batch=batch, micro=row.micro, remat=row.remat))
+    phase = run.phases[int(words.get("--phase", -1))]
+    ways = math.prod(size for axis, size in mesh.items() if axis != "tensor")
+    assert phase.image_size == row.pixels and phase.batch_size % (ways * row.micro) == 0
+    assert phase.batch_size // row.micro % getattr(run.stage, "mask_every", 1) == 0
 
 
 def test_rows_have_names_of_their_own():
