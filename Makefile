@@ -84,13 +84,14 @@ demo: .venv/ready
 	@echo "Open demo/run/report/report.html"
 
 test: .venv/ready
-	$(BIN)/python -m pytest --ignore=tests/parity -n 2 --dist loadfile $(ARGS)
+	@# Files are handed out in the order of tests/conftest.py.
+	$(BIN)/python -m pytest --ignore=tests/parity -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-full: .venv/ready
 	$(BIN)/python -m pytest --ignore=tests/parity --full $(ARGS)
 
 parity: .venv-parity/ready
-	$(PARITY)/python -m pytest tests/parity -rs $(ARGS)
+	$(PARITY)/python -m pytest tests/parity -rs -n 2 --dist loadfile $(ARGS)
 
 curation: .venv-curation/ready
 	.venv-curation/bin/python -m pytest tests/engine $(ARGS)
@@ -99,7 +100,8 @@ explore: .venv-explore/ready
 	.venv-explore/bin/python -m pytest tests/test_explore.py --full -rs $(ARGS)
 
 aot: .venv-tpu/ready
-	.venv-tpu/bin/python -m pytest tests/tpu -rs -n 2 $(ARGS)
+	@# The others of tests/tpu need no libtpu: `make test` has them.
+	.venv-tpu/bin/python -m pytest tests/tpu/test_aot.py -rs -n 2 $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -109,7 +111,7 @@ types: .venv/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/ready
-	$(BIN)/python tests/run_docs.py
+	$(BIN)/python -m tests.run_docs
 
 bench: .venv-parity/ready
 	$(PARITY)/python -m benchmarks $(ARGS)

@@ -5,9 +5,10 @@ The flags are set before jax starts, and the shape checker before `pe_jax` is fi
 
 import os
 
+from tests import quick
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Level 0 halves the time to compile a step; tests compile far more than they compute.
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+for flag in quick.flags(devices=8).split():
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + flag
 
@@ -25,7 +26,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "full: takes minutes; run by make test-full")
 
 
+LONGEST = ("test_notebooks.py", "test_train.py")  # begun first, so that no worker is left with one at the end
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not config.getoption("--full"):
         kept = [item for item in items if "full" not in item.keywords]
         config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])

@@ -18,6 +18,7 @@ from pe_jax import checkpoint, cli, export, sharding
 from pe_jax.data.image import Preprocess
 from pe_jax.models import zoo
 from pe_jax.types import split
+from tests import quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 VISION = {"image_size": 8, "patch_size": 4, "width": 12, "depth": 3, "heads": 1, "mlp_width": 20, "class_token": True}
@@ -138,7 +139,7 @@ def test_a_fresh_process_runs_the_file_with_jax_alone_and_with_pe_jax_without_it
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(image[0]), str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env={**os.environ, "XLA_FLAGS": quick.flags()},
         capture_output=True,
         text=True,
         timeout=240,

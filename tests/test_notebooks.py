@@ -2,7 +2,7 @@
 
 They are committed with their outputs, so that they can be read where nothing runs. After a change:
 
-  python tests/test_notebooks.py            # runs all and writes their outputs; or name some
+  python -m tests.test_notebooks            # runs all and writes their outputs; or name some
 """
 
 import base64
@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
+from tests import quick
+
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 # In this order, as they share a folder: what train_tiny has trained, the others find.
 NAMES = ("train_tiny", "quickstart", "features_by_layer", "convert_weights", "mesh_layouts")
-COMPILED = ("convert_weights", "mesh_layouts")
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 SECONDS = 300  # for one cell, on a busy machine
 MOST_LINES, MOST_BYTES = 25, 300_000
@@ -39,16 +40,15 @@ def source(cell: dict[str, Any]) -> str:
     return "".join(cell["source"])
 
 
-def execute(name: str, folder: pathlib.Path) -> dict[str, Any]:
-    """The notebook with the outputs of a run in `folder`; raises if a cell does."""
+def execute(name: str, folder: pathlib.Path, flags: str) -> dict[str, Any]:
+    """The notebook with the outputs of a run in `folder` with these flags of XLA; raises if a cell does."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook: Any = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     # No network; weights that may lie on this machine are not found either.
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PE_JAX_CACHE": str(folder / "cache")}
-    # What is compiled and hardly computed is compiled the quick way, as in all tests; what trains is not.
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0" if name in COMPILED else ""
+    env["XLA_FLAGS"] = flags
     env.pop("MPLBACKEND", None)
     place: Any = {"metadata": {"path": str(folder)}}
     client = NotebookClient(
@@ -120,7 +120,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_from_top_to_bottom_without_a_network(name, folder):
-    notebook = execute(name, folder)
+    notebook = execute(name, folder, quick.flags())
     assert [cell["execution_count"] for cell in code_cells(notebook)] == [
         cell["execution_count"] for cell in code_cells(read(name))
     ]
@@ -132,7 +132,7 @@ def main(names: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         for name in names or NAMES:
-            executed = execute(name, pathlib.Path(folder))
+            executed = execute(name, pathlib.Path(folder), "")
             notebook: Any = nbformat.from_dict(json.loads(json.dumps(executed).replace(f"{folder}/", "")))
             notebook["metadata"]["language_info"] = {"name": "python"}  # not the version that happened to run it
             nbformat.write(notebook, FOLDER / f"{name}.ipynb")
