@@ -259,7 +259,7 @@ class Template:
       close: after a turn.
       end: after the last answer.
       system: the first turn's text; None: there is none.
-      question: whether the user's texts are kept; a warm-up shows images and asks for captions alone.
+      question: whether the first question is asked; a warm-up shows an image and wants its caption.
     """
 
     begin: str
@@ -268,6 +268,12 @@ class Template:
     end: str
     system: str | None
     question: bool = True
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """A ValueError that names the first of its special tokens that a tokenizer has not."""
+        for part in _trusted(self.begin + self.header + self.close + self.end):
+            if isinstance(part, _Special):
+                tokenizer.special(part)
 
 
 TEMPLATES = {
@@ -415,7 +421,7 @@ def _segments(conversation: Conversation, template: Template, chunks: int) -> li
             before += [*_trusted(template.header.format(role="system")), system, *_trusted(template.close)]
         around = _trusted(template.header.format(role=role)), _trusted(template.close)
         if role == "user" and not template.question:
-            around, parts = ([], []), [part for part in parts if isinstance(part, int)]
+            around, parts = ([], []), [part for part in parts if i or isinstance(part, int)]
         segments.append((role == "assistant", [*before, *around[0], *parts, *around[1]]))
     return segments
 

@@ -115,12 +115,14 @@ def create(
             f"image_token={image_token} is {tokenizer.piece(image_token)!r} in {tokenizer.path}; wanted a special"
             f" token, such as {next(iter(tokenizer.specials.items()), 'one beyond the vocabulary')}."
         )
+    chosen = template(config["template"])
+    chosen.check(tokenizer)
     sources = [pipeline.open_source(source, f"data.sources[{i}]") for i, source in enumerate(config["sources"])]
     rows = batch_size // process_count
     stream = _Rows(
         sources=sources,
         tokenizer=tokenizer,
-        template=template(config["template"]),
+        template=chosen,
         vision=vision,
         image_token=image_token,
         length=config["length"],
@@ -351,7 +353,8 @@ class _Rows:
             except TooLong:
                 rendered = None
             except (BadImage, BadVideo, BadRecord) as error:
-                pipeline.count_bad(self, source, record, error)
+                told = error if where in str(error) else type(error)(f"{where}: {error}")
+                pipeline.count_bad(self, source, record, told)
                 continue
             if rendered is None or not rendered.length or chunks > self.room:
                 with self.lock:

@@ -1,16 +1,14 @@
-"""Conversations: what stands where, what is asked for, rows packed alike on any number of hosts, bad records."""
-
-import json
+"""Conversations: what stands where, what is asked for, prompts, records of every kind, images and videos."""
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from pe_jax import data
-from pe_jax.data import chat, tokenizers
+from pe_jax.data import chat, tiles, tokenizers
 from pe_jax.data.chat import TEMPLATES, Conversation, TooLong, Vision, from_record, prompt, render
+from pe_jax.data.image import BadImage
 from pe_jax.data.sources import BadRecord
-from tests.data import vocabularies
+from tests.data import films, vocabularies
 
 IMAGE = vocabularies.IMAGE
 SIZES = {"chunk_tokens": 3, "image_token": IMAGE}
@@ -148,117 +146,116 @@ def test_a_prompt_is_the_training_sample_up_to_the_answer(llama, name):
     np.testing.assert_array_equal(open_end.ids, got.ids)
 
 
-# ---- packed rows
+# ---- records
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two sets: 30 images with conversations of different lengths, and 20 texts alone."""
-    root = tmp_path_factory.mktemp("talks")
-    vocabularies.llama(root)
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(30):
-        PIL.Image.fromarray(rng.integers(0, 256, (9 + i, 60 - i, 3), np.uint8)).save(root / f"{i}.png")
-        turns = [("human", f"What is {i}?"), ("assistant", "a " * (i % 5) + f"number {i}")] * (1 + i % 2)
-        lines.append({"image": f"{i}.png", "conversations": [{"from": r, "value": t} for r, t in turns]})
-    texts = [{"question": f"And {i}?", "answer": "no " * i} for i in range(20)]
-    (root / "images.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (root / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    return root
-
-
-SHAPE = {"image_size": 16, "patch_size": 4, "pooling": 2, "image_token": IMAGE}
-
-
-def config(folder, **more):
-    sources = [
-        {"name": "conversations", "path": str(folder / "images.jsonl"), "weight": 3},
-        {"name": "conversations", "path": str(folder / "texts.jsonl")},
-    ]
-    settings = {
-        "tokenizer": str(folder),
-        "template": "llama3",
-        "length": 512,
-        "chunks": 9,
-        "max_tiles": 4,
-        "threads": 2,
+def test_records_of_every_kind_become_conversations():
+    assert from_record({"question": "How many?", "answer": 3}, "it").turns == (
+        ("user", "How many?"),
+        ("assistant", "3"),
+    )
+    assert from_record({"caption": "a dog"}, "it").turns == (("user", ""), ("assistant", "a dog"))
+    several = {"captions": ["a", "b"]}
+    assert [from_record(several, "it", draw=draw).turns[1][1] for draw in (0.2, 0.7)] == ["a", "b"]
+    greeted = [{"from": "assistant", "value": "Hi."}, {"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    assert from_record({"conversations": greeted}, "it").turns == (("user", "?"), ("assistant", "!"))
+    film = {
+        "conversations": greeted[1:],
+        "video": "a.mp4",
+        "start_time": 1.5,
+        "bbox_map": {"3": [1, 2, 3, 4], "9": None},
     }
-    return {"sources": sources, **settings, "frames": 5, **more}
+    said = from_record(film, "it")
+    assert (said.video, said.start, said.end, said.boxes) == ("a.mp4", 1.5, None, {3: [1, 2, 3, 4]})
 
 
-def take(settings, steps, hosts=1, batch_size=8, start=0, seed=3):
-    common = {"batch_size": batch_size, "seed": seed, "process_count": hosts, "start": start}
-    loaders = [data.create("chat", settings, process_index=i, **common, **SHAPE) for i in range(hosts)]
-    batches = []
-    for _ in range(steps):
-        parts = [next(loader) for loader in loaders]
-        batches.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    for loader in loaders:
-        loader.close()
-    return batches
+def test_boxes_are_written_into_all_turns():
+    record = {"question": "What is at <|bbox1|>?", "answer": "<|bbox0|>", "bbox": [[0, 0, 10, 10], [50, 20, 25, 30]]}
+    said = from_record({**record, "width": 100, "height": 200}, "it")
+    assert said.turns == (("user", "What is at [500,100,750,250]?"), ("assistant", "[000,000,100,050]"))
+    with pytest.raises(BadRecord, match="it: bbox needs the image's width and height in pixels; got None and None"):
+        from_record(record, "it")
+    with pytest.raises(BadRecord, match=r"it: the text names <\|bbox1\|> and there are 1 boxes"):
+        from_record({**record, "width": 9, "height": 9, "bbox": [[1, 1, 2, 2]]}, "it")
 
 
-def assert_same(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert set(x) == set(y)
-        for name in x:
-            np.testing.assert_array_equal(x[name], y[name], err_msg=name)
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"conversations": "What?"}, "it: conversations is 'What[?]'; wanted a list"),
+        (
+            {"conversations": [{"from": "robot", "value": "?"}]},
+            'it: a turn is .*; wanted {"from": "human" or',
+        ),
+        ({"conversations": [{"from": "human", "value": None}]}, "it: a turn's text is None; wanted a text"),
+        ({"conversations": [{"from": "human", "value": "?"}] * 2}, "it: turn 1 is of 'user'; wanted the user's first"),
+        ({"conversations": []}, "it: a conversation has at least one turn; this one has none"),
+        ({"image": "a.png"}, "it: no caption"),
+        ({"caption": "a", "image": "a.png", "video": "a.mp4"}, "it: a conversation is about images or about a video"),
+    ],
+)
+def test_records_that_are_no_conversation_are_refused_by_name(record, message):
+    with pytest.raises(BadRecord, match=message):
+        from_record(record, "it")
 
 
-@pytest.fixture(scope="module")
-def whole(folder):
-    return take(config(folder), 6)
+# ---- images and videos
 
 
-def test_a_batch_has_the_shapes_of_its_spec(folder, whole):
-    spec = data.batch_spec("chat", config(folder), batch_size=8, **SHAPE)
-    assert {n: (s.shape, s.dtype) for n, s in spec.items()} == {n: (v.shape, v.dtype) for n, v in whole[0].items()}
+def test_one_image_is_tiled_and_several_are_a_chunk_each():
+    rng = np.random.default_rng(0)
+    images = tuple(rng.integers(0, 256, (40, 70 + i, 3)).astype(np.uint8) for i in range(3))
+    vision = Vision(16, 4, 2, max_tiles=6)
+    one, three, none = talk("?", images=images[:1]), talk("?", images=images), talk("?")
+    np.testing.assert_array_equal(vision.chunks(one), tiles.tiles(images[0], 16, 6))
+    np.testing.assert_array_equal(vision.chunks(three), [tiles.whole(image, 16) for image in images])
+    assert vision.chunks(none).shape == (0, 16, 16, 3)
+    assert [vision.count(said) for said in (one, three, none)] == [len(vision.chunks(s)) for s in (one, three, none)]
+    assert Vision(16, 4, 2).chunks(one).shape == (1, 16, 16, 3) and vision.tokens == 4 and vision.most == 8
 
 
-@pytest.mark.parametrize(("start", "hosts", "size"), [(0, 2, 8), (24, 4, 8), (16, 1, 16)])
-def test_rows_do_not_depend_on_hosts_batches_or_where_a_run_begins(folder, whole, start, hosts, size):
-    """48 rows are of two groups."""
-    rows = {name: np.concatenate([batch[name] for batch in whole])[start:] for name in whole[0]}
-    got = take(config(folder, threads=3), (48 - start) // size, hosts, size, start)
-    assert_same([{name: np.concatenate([batch[name] for batch in got]) for name in got[0]}], [rows])
+def test_an_images_chunks_are_counted_without_decoding_it(tmp_path):
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3)).astype(np.uint8))
+    image.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    vision = Vision(16, 4, max_tiles=6)
+    for form in (image, np.array(image), tmp_path / "a.png", data, data[:60]):
+        assert vision.count(talk("?", images=(form,))) == 1 + 2 * 3
+    with pytest.raises(BadImage, match="image of 20 bytes cannot be opened"):
+        vision.count(talk("?", images=(data[:20],)))
+    with pytest.raises(BadImage, match=r"none.png cannot be opened"):
+        vision.count(talk("?", images=(tmp_path / "none.png",)))
 
 
-def test_another_seed_gives_other_rows(folder, whole):
-    (batch,) = take(config(folder), 1, seed=4)
-    assert (batch["tokens"] != whole[0]["tokens"]).any()
+def test_a_videos_frames_are_those_of_its_part_with_their_boxes_drawn():
+    film = films.film(count=200, size=(64, 48))  # 25 a second
+    said = talk("?", video=film, start=2.0, end=6.0, boxes={75: [8, 8, 56, 40], 3: [0, 0, 9, 9]})
+    places = chat.frame_places(200, 25.0, 5, 2.0, 6.0)
+    assert places == [50, 75, 100, 125, 150]
+    got = Vision(48, 4, frames=5).chunks(said)
+    assert [films.number(frame) for frame in got[[0, 2, 3, 4]]] == [50, 100, 125, 150]
+    red = (got[..., 0].astype(int) - got[..., 1] > 100).any((1, 2))
+    assert red.tolist() == [False, True, False, False, False]
 
 
-def test_every_sample_of_a_row_is_the_rendering_of_its_record(folder, whole):
-    tokenizer = tokenizers.load(str(folder))
-    vision = Vision(16, 4, 2, max_tiles=4)
-    records = [json.loads(line) for name in ("images", "texts") for line in (folder / f"{name}.jsonl").open()]
-    for record in records[:30]:
-        record["image"] = str(folder / record["image"])
-    known = {}
-    for i, record in enumerate(records):
-        said = from_record(record, "it")
-        made = render(
-            said, tokenizer, TEMPLATES["llama3"], chunks=vision.count(said), chunk_tokens=4, image_token=IMAGE
-        )
-        known[made.ids[: made.length].tobytes()] = (i, made, vision.chunks(said))
-    seen = 0
-    for batch in whole:
-        for row in range(8):
-            segments, first, chunk = batch["segments"][row], None, 0
-            for segment in range(1, segments.max() + 1):
-                here = np.flatnonzero(segments == segment)
-                assert (np.diff(here) == 1).all()
-                index, made, chunks = known[batch["tokens"][row][here].tobytes()]
-                first = index if first is None else first
-                np.testing.assert_array_equal(batch["targets"][row][here], made.targets[: made.length])
-                slots = made.slots[: made.length]
-                np.testing.assert_array_equal(batch["slots"][row][here], np.where(slots < 0, -1, slots + 4 * chunk))
-                np.testing.assert_array_equal(batch["chunks"][row][chunk : chunk + len(chunks)], chunks)
-                chunk, seen = chunk + len(chunks), seen + 1
-            padding = segments == 0
-            assert not batch["tokens"][row][padding].any() and not batch["chunks"][row][chunk:].any()
-            assert (batch["targets"][row][padding] == -1).all() and (batch["slots"][row][padding] == -1).all()
-            assert segments.max() >= 1 and batch["index"][row] == first
-    assert seen > 1.5 * 48  # rows are shared
+def test_frames_are_one_a_second_thinned_out_or_all_there_are():
+    assert chat.frame_places(1000, 25, 4) == [0, 325, 650, 975]  # one a second, of which four
+    assert chat.frame_places(100, 25, 4) == [0, 25, 50, 75]
+    assert chat.frame_places(50, 25, 4) == [0, 16, 33, 49]  # two seconds: evenly
+    assert chat.frame_places(3, 25, 4) == [0, 1, 2]
+    assert chat.frame_places(9, 0, 3) == [0, 4, 8]  # a folder of pictures has no rate
+    assert chat.frame_places(100, 25, 8, 3, 1) == chat.frame_places(100, 25, 8, 1, 3)
+    assert chat.frame_places(100, 25, 3, 90, 99) == [99]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patch_size": 5}, "image_size=16 must be a multiple of patch_size times pooling, 5"),
+        ({"pooling": 3}, "multiple of patch_size times pooling, 12"),
+        ({"frames": 0}, "frames=0 must be a positive integer"),
+    ],
+)
+def test_vision_settings_that_do_not_divide_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Vision(**{"image_size": 16, "patch_size": 4} | fields)
