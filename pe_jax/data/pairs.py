@@ -1,10 +1,12 @@
 """Images with a map of their pixels, as ADE20K and NYUv2 keep them: masks of classes, or depths.
 
-A record has the image's path, `image`, and the map's, `mask` or `depth`; of depths also `units_per_metre`.
+A record has `image`, and the map as `mask` or `depth`, each a path or an array; with depths also `units_per_metre`.
 """
 
 import os
 from typing import Any
+
+import numpy as np
 
 from pe_jax import paths
 from pe_jax.data.image import BadImage, read_bytes
@@ -86,6 +88,62 @@ class Listed:
 
     def where(self, index: int) -> str:
         return f"{self.path} line {self.lines[index][0]}"
+
+
+class Labelled:
+    """NYU Depth v2's labelled images as they are published: `nyu_depth_v2_labeled.mat` and `splits.mat` beside it.
+
+    Records have arrays: `image` [480, 640, 3] and `depth` [480, 640] in metres, with the holes of the sensor filled in.
+
+    Args:
+      path: the file of images and depths, on this machine: HDF5, of which one image at a time is read.
+      split: "train", 795 images, or "test", 654.
+    """
+
+    def __init__(self, path: str, split: str = "test"):
+        if split not in ("train", "test"):
+            raise ValueError(f"split={split!r} is unknown; NYU Depth v2 has train and test.")
+        self.path, self.split, self._file = path, split, None
+        beside = os.path.join(os.path.dirname(path), "splits.mat")
+        for file in (path, beside):
+            if not os.path.isfile(file):
+                raise ValueError(
+                    f"{file} does not exist here; want nyu_depth_v2_labeled.mat and splits.mat, as published."
+                )
+        import scipy.io  # which JAX brings
+
+        self._places = scipy.io.loadmat(beside)[f"{split}Ndxs"].ravel().astype(int) - 1
+        if self._places.max() >= (count := len(self._open()["depths"])):
+            raise ValueError(
+                f"{beside} names image {self._places.max() + 1} and {path} has {count}; they are of two sets."
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file, place = self._open(), int(self._places[index])
+        # MATLAB counts axes from the other end.
+        image, depth = (np.ascontiguousarray(np.transpose(file[name][place])) for name in ("images", "depths"))
+        return {"image": image, "depth": depth, "units_per_metre": 1.0}
+
+    def where(self, index: int) -> str:
+        return f"{self.path} image {self._places[index] + 1}"
+
+    def _open(self) -> Any:
+        if self._file is None:
+            try:
+                import h5py
+            except ImportError as error:
+                raise ValueError("the labelled set needs h5py: pip install 'pe-jax[data]'.") from error
+            try:
+                self._file = h5py.File(self.path)
+            except OSError as error:
+                raise ValueError(f"{self.path} is not HDF5, as NYU Depth v2 is published: {error}.") from error
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}  # a process opens its own
 
 
 def _below(path: str) -> list[str]:

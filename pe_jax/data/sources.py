@@ -545,7 +545,8 @@ class WebDataset:
 class Tfds:
     """A TensorFlow Datasets data set, prepared with `file_format="array_record"`; images stay encoded.
 
-    A class label gets its name beside it, in `cls`, with spaces for underscores.
+    A class label gets its name beside it, in `cls`, with spaces for underscores. A feature `video` is a file's bytes
+    (`Tensor(shape=(), dtype=object)`) or frames of one size (`Sequence(Image())`); TFDS's own `Video` needs TensorFlow.
 
     Args:
       dataset: a registered name, or None with `path`.
@@ -570,9 +571,10 @@ class Tfds:
             else:
                 builder = tfds.builder(str(dataset), data_dir=data_dir)
             features = dict(builder.info.features or {})
-            if "image" not in features:
-                raise ValueError(f"it has no feature 'image', only {', '.join(features)}")
-            self.data = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+            if not {"image", "video"} & set(features):
+                raise ValueError(f"it has no feature 'image' or 'video', only {', '.join(features)}")
+            encoded = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
+            self.data = builder.as_data_source(split=split, decoders=encoded)
         except Exception as error:
             raise ValueError(
                 f"the TFDS data set {self.name} cannot be read: {error}. It must be prepared beforehand, with"
@@ -586,12 +588,18 @@ class Tfds:
     def __getitem__(self, index: int) -> Record:
         record = {}
         for name, value in self.data[index].items():
-            if name != "image":
-                value = _plain(value)
-            record[name] = value
+            if name == "video":
+                record[name] = value if isinstance(value, bytes) else self._frames(value, index)
+            else:
+                record[name] = value if name == "image" else _plain(value)
         if "label" in self.labels and self.labels["label"] and "cls" not in record:
             record["cls"] = self.labels["label"][record["label"]].replace("_", " ")
         return record
+
+    def _frames(self, frames: Sequence[np.ndarray], index: int) -> np.ndarray:
+        if len(sizes := {frame.shape for frame in frames}) != 1:
+            raise BadRecord(f"{self.where(index)} has frames of {len(sizes)} sizes; want one or more of the same.")
+        return np.stack(list(frames))
 
     def where(self, index: int) -> str:
         return f"{self.name} record {index}"
@@ -637,6 +645,7 @@ SOURCES = {
     "tfds": Tfds,
     "pairs": pairs.Folders,
     "listed": pairs.Listed,
+    "labelled": pairs.Labelled,
     "synthetic": Synthetic,
 }
 

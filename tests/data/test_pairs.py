@@ -1,8 +1,12 @@
-"""Images with maps: folders and lists; and the crop and flip of an image done to its map."""
+"""Images with maps: folders, lists, NYU's own file; and the crop and flip of an image done to its map."""
 
+import pickle
+
+import h5py
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.io
 
 from pe_jax.data import sources
 from pe_jax.data.image import Augment, generator
@@ -42,6 +46,33 @@ def test_lists_name_an_image_and_its_depth_a_line(tmp_path):
         sources.create({"name": "listed", "path": str(file)})
     with pytest.raises(ValueError, match=r"none.txt cannot be read"):
         sources.create({"name": "listed", "path": str(tmp_path / "none.txt")})
+
+
+def test_the_labelled_set_is_read_as_it_is_published(tmp_path):
+    """MATLAB writes [H, W, 3, N] column by column, which HDF5 sees as [N, 3, W, H], and counts images from 1."""
+    random = np.random.default_rng(0)
+    images, depths = random.integers(0, 256, (4, 5, 3, 7)).astype(np.uint8), random.random((4, 5, 7), np.float32)
+    path = str(tmp_path / "nyu_depth_v2_labeled.mat")
+    with h5py.File(path, "w") as file:
+        file["images"], file["depths"] = images.T, depths.T
+    scipy.io.savemat(tmp_path / "splits.mat", {"trainNdxs": [[1], [4], [6]], "testNdxs": [[2], [7]]})
+    source = sources.create({"name": "labelled", "path": path})
+    assert len(source) == 2 and len(sources.create({"name": "labelled", "path": path, "split": "train"})) == 3
+    for own in (source, pickle.loads(pickle.dumps(source))):
+        np.testing.assert_array_equal(own[1]["image"], images[..., 6])
+        np.testing.assert_array_equal(own[1]["depth"], depths[..., 6])
+    assert source[0]["units_per_metre"] == 1 and source.where(1) == f"{path} image 7"
+    with pytest.raises(ValueError, match="split='val' is unknown; NYU Depth v2 has train and test"):
+        sources.create({"name": "labelled", "path": path, "split": "val"})
+    scipy.io.savemat(tmp_path / "splits.mat", {"trainNdxs": [[1]], "testNdxs": [[8]]})
+    with pytest.raises(ValueError, match=r"names image 8 and .*labeled.mat has 7"):
+        sources.create({"name": "labelled", "path": path})
+    (tmp_path / "old.mat").write_bytes(b"MATLAB 5.0")
+    with pytest.raises(ValueError, match=r"old.mat is not HDF5"):
+        sources.create({"name": "labelled", "path": str(tmp_path / "old.mat")})
+    (tmp_path / "splits.mat").unlink()
+    with pytest.raises(ValueError, match=r"splits.mat does not exist here; want"):
+        sources.create({"name": "labelled", "path": path})
 
 
 def test_a_map_is_cropped_and_flipped_as_its_image():

@@ -352,6 +352,55 @@ def test_a_tfds_set_is_read_with_its_images_encoded_and_without_tensorflow(small
     assert len(create({"name": "tfds", "path": str(tmp_path / "data/toy/1.0.0"), "split": "train[:5]"})) == 5
 
 
+VIDEOS = """
+import io, sys, numpy as np, PIL.Image, tensorflow_datasets as tfds
+class Toy(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("files", "frames", "neither")]
+    def _info(self):
+        video = {
+            "files": tfds.features.Tensor(shape=(), dtype=np.object_),
+            "frames": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3))),
+            "neither": tfds.features.Text(),
+        }[self.builder_config.name]
+        name = "video" if self.builder_config.name != "neither" else "film"
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({name: video}))
+    def _split_generators(self, dl):
+        return {"train": self._generate_examples()}
+    def _generate_examples(self):
+        def png(height, grey):
+            file = io.BytesIO()
+            PIL.Image.new("RGB", (8, height), (grey,) * 3).save(file, "PNG")
+            return io.BytesIO(file.getvalue())
+        for i in range(2):  # the frames of the second differ in size
+            given = {"files": b"film", "frames": [png(6 + i * j, 10 * j) for j in range(3)], "neither": "film"}
+            yield i, {next(iter(self.info.features)): given[self.builder_config.name]}
+for name in ("files", "frames", "neither"):
+    Toy(config=name, data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+
+
+def test_a_tfds_sets_videos_are_files_or_frames(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "build.py").write_text(VIDEOS)
+    subprocess.run([sys.executable, str(tmp_path / "build.py"), str(tmp_path)], check=True, capture_output=True)
+
+    def opened(kind):
+        return create({"name": "tfds", "path": str(tmp_path / "toy" / kind / "1.0.0")})
+
+    assert opened("files")[1]["video"] == b"film"  # as bytes, though it is text too
+    frames, places = opened("frames"), {}
+    for i in range(2):
+        try:
+            places["whole"] = frames[i]["video"]
+        except sources.BadRecord as error:
+            places["mixed"] = str(error)
+    assert places["whole"].shape == (3, 6, 8, 3) and places["whole"][:, 0, 0, 0].tolist() == [0, 10, 20]
+    assert "has frames of 3 sizes" in places["mixed"]
+    with pytest.raises(ValueError, match="no feature 'image' or 'video', only film"):
+        opened("neither")
+
+
 def test_a_tfds_set_that_is_not_there_says_how_it_must_be_prepared(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(ValueError, match=r'none/1\[train\] cannot be read: .*file_format="array_record"'):
