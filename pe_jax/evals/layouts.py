@@ -5,11 +5,17 @@ unless a place says which, as "imagenet2012:validation" does):
 
   CLIP_benchmark  NAME/SPLIT/nshards.txt and 0.tar, 1.tar, ...; dataset_type.txt for retrieval
   ObjectNet       NAME/images/CLASS/*.png and NAME/mappings/*.json, as it is published
+  ADE20K          NAME/images/SPLIT/*.jpg and NAME/annotations/SPLIT/*.png, as SceneParsing is published
+  lists           NAME/*_SPLIT.txt, lines of an image and its depth, as depth codes keep NYU Depth v2
+  labelled        NAME/nyu_depth_v2_labeled.mat and NAME/splits.mat, as it is published
   TFDS            NAME/VERSION/dataset_info.json, prepared as ArrayRecord
   Karpathy        NAME/dataset*.json beside the images
   table           NAME/SPLIT.jsonl, .csv, .tsv or .npz with .jsonl; or NAME.jsonl and so on
   shards          NAME/SPLIT/*.tar or *.array_record
   images          NAME/SPLIT/CLASS/*.jpg, or NAME/CLASS/*.jpg; videos likewise
+
+What probes learn from is the split train or training beside it. Clips with masks have layouts of their own, see
+`pe_jax.evals.davis`.
 
 Class names are the lines of NAME/classnames.txt, else NAME/classes.json, else TFDS's, else the folders' names or the
 field `cls`; prompts of its own, those of NAME/zeroshot_classification_templates.txt.
@@ -27,6 +33,7 @@ from pe_jax import paths
 from pe_jax.data import sources
 
 SPLITS = ("test", "val", "validation")
+_LEARNED = ("train", "training")
 _TABLES = (".jsonl", ".csv", ".tsv", ".npz")
 _FLICKR = ("flickr30k-images", "flickr30k_images", "images")  # Flickr's file does not say in which folder images are
 
@@ -58,13 +65,15 @@ class Found:
           ValueError: where it needs class names or prompts and there are none, saying which file to write.
         """
         found: dict[str, Any] = {"data": self.data | dict(given.get("data", {}))}
-        if "bank" in wanted and "name" not in given.get("bank", {}):
-            learned = recognise(paths.path(self.place), ("train",))
+        for field in ("bank", "train"):
+            if field not in wanted or "name" in given.get(field, {}):
+                continue
+            learned = recognise(paths.path(self.place), _LEARNED)
             if learned is None or learned.data == self.data:  # one without splits is not to be learned by heart
                 raise ValueError(
                     f"there is nothing to learn from beside {self.place}; want a folder with a split train."
                 )
-            found["bank"] = learned.data | dict(given.get("bank", {}))
+            found[field] = learned.data | dict(given.get(field, {}))
         if "classes" in wanted and "classes" not in given:
             if "labels" in wanted:
                 found |= self._classes(overlap=bool(given.get("subset")))
@@ -152,6 +161,8 @@ def recognise(path: epath.Path, splits: Sequence[str] = SPLITS) -> Found | None:
     if (path / "images").is_dir() and (path / "mappings").is_dir():
         data = {"name": "folder", "path": str(path / "images"), "label": "cls"}
         return Found(str(path), path, "ObjectNet", data)
+    if (found := _maps(path, splits)) is not None:
+        return found
     if versions := _versions(path):
         return Found(
             str(path), path, "TFDS", {"name": "tfds", "path": versions[-1], "split": _split(versions[-1], splits)}
@@ -177,6 +188,24 @@ def recognise(path: epath.Path, splits: Sequence[str] = SPLITS) -> Found | None:
             )
         return Found(str(path), path, "images", data | {"label": "cls"})
     return Found(str(path), path, "shards", data)
+
+
+def _maps(path: epath.Path, splits: Sequence[str]) -> Found | None:
+    """A data set of images with maps of their pixels, in the form in which it is published."""
+    kinds = path / "images", path / "annotations"
+    known = [split for split in (*_LEARNED, *SPLITS) if all((kind / split).is_dir() for kind in kinds)]
+    if known:
+        if (split := next((split for split in splits if split in known), None)) is None:
+            raise ValueError(f"{path} has maps of the splits {', '.join(known)}; want {' or '.join(splits)}.")
+        images, masks = (str(kind / split) for kind in kinds)
+        return Found(str(path), path, "ADE20K", {"name": "pairs", "path": images, "maps": masks})
+    for split in splits:
+        if lists := sorted(path.glob(f"*_{split}.txt")):
+            return Found(str(path), path, "lists", {"name": "listed", "path": str(lists[0])})
+    if (file := path / "nyu_depth_v2_labeled.mat").exists():
+        split = "train" if "train" in splits else "test"
+        return Found(str(path), path, "labelled", {"name": "labelled", "path": str(file), "split": split})
+    return None
 
 
 def _clip_benchmark(path: epath.Path, split: str) -> Found:

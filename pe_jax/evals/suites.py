@@ -13,7 +13,8 @@ A suite is plain data, in a JSON file or a Python one with `get_suite()`; those 
 What the evaluator lacks (`data`, `classes`, `templates`) the data set's own files answer. Where its `data` names
 a source already, that is used; {root} and {place} in its strings stand for the folder of all data and the first of
 `places` that is there. A column may also be {"figure": ..., "pick": ..., "scale": ..., "digits": ...}: with pick max,
-min or last, `figure` may have a * and one of its matches is taken; scale, 100 unless said, multiplies it.
+min or last, `figure` may have a * and one of its matches is taken; scale, 100 unless said, multiplies it. With "layer":
+true it shows which layer was taken, instead of the figure.
 
 A finished result is kept below `out` with what it depends on, and is not computed again while that stays.
 """
@@ -39,7 +40,7 @@ import numpy as np
 from etils import epath
 
 from pe_jax import evals, paths
-from pe_jax.evals import inference, layouts
+from pe_jax.evals import inference, layouts, vlm
 from pe_jax.models import zoo
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
@@ -59,15 +60,20 @@ class Column:
     pick: str | None = None
     scale: float = 100.0
     digits: int = 1
+    layer: bool = False
 
     def __post_init__(self) -> None:
+        if self.layer and not self.figure.startswith("layer_*"):
+            raise ValueError(
+                f"figure {self.figure!r} is not one of every layer; to show which was taken, want layer_*."
+            )
         if self.pick is not None and self.pick not in _PICKS:
             raise ValueError(f"pick={self.pick!r} is unknown; choose {', '.join(_PICKS)}.")
         if "*" in self.figure and self.pick is None:
             raise ValueError(f"figure {self.figure!r} stands for several; say by pick which: {', '.join(_PICKS)}.")
 
     def of(self, figures: Mapping[str, float]) -> tuple[str, float]:
-        """The figure's full name, and its value in the column's unit.
+        """The figure's full name, and its value in the column's unit; or the number of its layer.
 
         Raises:
           ValueError: if the evaluator gave no such figure.
@@ -76,7 +82,7 @@ class Column:
         if not names:
             raise ValueError(f"there is no figure {self.figure!r}; the evaluator gave {', '.join(figures)}.")
         name = _PICKS[self.pick](names, figures) if self.pick else names[0]
-        return name, self.scale * figures[name]
+        return name, float(name.split("_")[1]) if self.layer else self.scale * figures[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +229,7 @@ class Result:
 
 
 def run(
-    model: inference.Model,
+    model: inference.Model | vlm.Speaker,
     suite: Suite,
     root: str,
     *,
@@ -263,7 +269,7 @@ def run(
     if all(config is None for config, _ in located.values()):
         looked = "; ".join(f"{name}: {places}" for name, (_, places) in located.items())
         raise ValueError(f"none of the data sets is below {root}. They were looked for here: {looked}.")
-    weights = inference.fingerprint(model)
+    weights = inference.fingerprint(model.model if isinstance(model, vlm.Speaker) else model)
     results = []
     for dataset in chosen:
         config, looked = located[dataset.name]
@@ -277,19 +283,17 @@ def run(
 
 
 def _one(
-    model: inference.Model,
+    model: inference.Model | vlm.Speaker,
     weights: str,
     dataset: Dataset,
     config: dict[str, Any],
     out: str | None,
     note: Callable[[str], None],
 ) -> Result:
-    tower = inference.vision_tower(model)
     card: dict[str, Any] = {
         "weights": weights,
         "evaluator": config,
-        "preprocess": inference.preprocess_of(model).to_dict(),
-        "dtype": tower.config.dtype,
+        **_reading(model),
         "files": hashlib.sha256("\n".join(sorted(_stamps(config))).encode()).hexdigest()[:16],
     }
     key = hashlib.sha256(json.dumps(card, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -299,6 +303,8 @@ def _one(
     if kept is not None:
         return Result(dataset.name, "kept", "", kept, _values(dataset, kept["figures"]))
     note(f"running {dataset.name} ...")
+    if file is not None and "replies" in evals.fields(config["name"]):  # where a killed run goes on
+        config = {"replies": str(file.with_suffix("")), **config}
     start = time.perf_counter()
     try:
         figures = {name: float(value) for name, value in evals.create(config)(model).items()}
@@ -310,6 +316,16 @@ def _one(
     if file is not None and jax.process_index() == 0:
         paths.write_text(file, json.dumps(card, indent=1, default=str))
     return Result(dataset.name, "done", "", card, values)
+
+
+def _reading(model: inference.Model | vlm.Speaker) -> dict[str, Any]:
+    """How a model reads what it is given, as JSON types; its `dtype` too."""
+    if isinstance(model, vlm.Speaker):
+        return model.to_dict()
+    return {
+        "preprocess": inference.preprocess_of(model).to_dict(),
+        "dtype": inference.vision_tower(model).config.dtype,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,7 +469,7 @@ class Report:
             paths.write_text(folder / f"{self.suite.name}.{ending}", text)
 
 
-def released(model: inference.Model) -> str | None:
+def released(model: inference.Model | vlm.Speaker) -> str | None:
     """The released name of a model's architecture, whatever its weights are; None if it has none of them."""
     for name in zoo.NAMES:
         if _architecture(zoo.architecture(name)) == _architecture(model.config):
@@ -480,9 +496,9 @@ def _chosen(suite: Suite, only: tuple[str, ...]) -> list[Dataset]:
 
 
 def _set(config: dict[str, Any], limit: int | None, batch_size: int | None) -> dict[str, Any]:
-    if limit is not None and isinstance(config.get("data"), Mapping):
-        own = config["data"].get("limit") or limit
-        config = config | {"data": dict(config["data"]) | {"limit": min(own, limit)}}
+    for name in ("data", "train"):
+        if limit is not None and isinstance(given := config.get(name), Mapping):
+            config = config | {name: dict(given) | {"limit": min(given.get("limit") or limit, limit)}}
     if batch_size is not None and "batch_size" in evals.fields(config["name"]):
         config = config | {"batch_size": batch_size}
     return config

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from pe_jax import evals
-from pe_jax.evals import layouts, records
+from pe_jax.evals import layouts, maps, records
 
 ZERO_SHOT = {"name": "zero_shot", "templates": "none"}
 
@@ -207,6 +207,40 @@ def test_a_probe_takes_numbers_as_they_are(tmp_path, clip_benchmark):
     assert evaluator.classes is None
     np.testing.assert_array_equal(records.open(evaluator.bank).labels(), [0, 1, 2, 3])
     assert len(records.open(evaluator.data)) == 9
+
+
+def test_ade20ks_folders_are_images_with_masks_of_both_splits(tmp_path):
+    for split in ("training", "validation"):
+        write(tmp_path / "ade" / "images" / split / f"{split}.jpg", image(0))
+        write(tmp_path / "ade" / "annotations" / split / f"{split}.png", image(1))
+    evaluator = evals.create(fields(tmp_path, "ade", {"name": "segmentation", "classes": 150, "data": {"limit": 1}}))
+    assert evaluator.classes == 150 and evaluator.data["limit"] == 1
+    learned, judged = (maps.open(data, "mask").source[0] for data in (evaluator.train, evaluator.data))
+    assert learned["mask"] == str(tmp_path / "ade" / "annotations" / "training" / "training.png")
+    assert judged["image"] == str(tmp_path / "ade" / "images" / "validation" / "validation.jpg")
+    (tmp_path / "ade" / "annotations" / "training").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"ade has maps of the splits validation; want train or training"):
+        fields(tmp_path, "ade", {"name": "segmentation"})
+
+
+def test_nyu_may_be_lists_or_its_labelled_file_and_lists_come_first(tmp_path):
+    folder = tmp_path / "nyu"
+    write(folder / "nyu_depth_v2_labeled.mat", b"")
+    given = fields(tmp_path, "nyu", {"name": "depth"})
+    assert given["data"] == {"name": "labelled", "path": str(folder / "nyu_depth_v2_labeled.mat"), "split": "test"}
+    assert given["train"] == given["data"] | {"split": "train"}
+    for split in ("train", "test"):
+        write(folder / f"nyu_{split}.txt", f"/{split}/rgb.jpg /{split}/depth.png 518.8\n")
+    evaluator = evals.create(fields(tmp_path, "nyu", {"name": "depth"}))
+    for data, split in ((evaluator.train, "train"), (evaluator.data, "test")):
+        assert maps.open(data, "depth").source[0]["depth"] == str(folder / split / "depth.png")
+
+
+def test_tables_of_images_and_maps_are_learned_from_by_their_split(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / "mine" / f"{split}.jsonl", json.dumps({"image": "a.png", "mask": f"{split}.png"}))
+    given = fields(tmp_path, "mine", {"name": "segmentation"})
+    assert [maps.open(given[name], "mask").source[0]["mask"] for name in ("train", "data")] == ["train.png", "val.png"]
 
 
 @pytest.fixture

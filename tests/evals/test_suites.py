@@ -1,11 +1,14 @@
 """Suites of data sets: their files, what is found and run, averages, resuming, and the command."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
 import pathlib
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from pe_jax import checkpoint, cli, evals
@@ -133,6 +136,9 @@ def test_a_column_may_pick_the_best_or_the_last_layer():
     figures = {"layer_02_miou": 0.3, "layer_11_miou": 0.5, "layer_12_miou": 0.4, "miou": 0.9}
     found = {pick: suites.Column("layer_*_miou", pick).of(figures) for pick in ("max", "min", "last")}
     assert found == {"max": ("layer_11_miou", 50), "min": ("layer_02_miou", 30), "last": ("layer_12_miou", 40)}
+    assert suites.Column("layer_*_miou", "max", layer=True).of(figures) == ("layer_11_miou", 11)
+    with pytest.raises(ValueError, match=r"'\*_miou' is not one of every layer"):
+        suites.Column("*_miou", "max", layer=True)
     with pytest.raises(ValueError, match="stands for several; say by pick"):
         suites.Column("layer_*_miou")
     with pytest.raises(ValueError, match="no figure 'layer_03_miou'; the evaluator gave layer_02_miou,"):
@@ -270,6 +276,45 @@ def test_the_suite_of_the_sample_data_runs_on_real_images(model):
     results = suites.run(model, own, str(data), limit=6)
     assert {result.name: result.status for result in results} == dict.fromkeys(("COCO", "emoji", "Caltech"), "done")
     assert set(suites.Report(own, "ours", results).values) == set(own.columns)
+
+
+def test_the_dense_suite_tells_the_best_layer_and_the_last_of_every_task(tower, tmp_path):
+    """On a clip, masks and depths of noise, in the folders of DAVIS, ADE20K and NYU."""
+    random = np.random.default_rng(0)
+
+    def drawn(name, *size, most=256, dtype: type = np.uint8):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(random.integers(1, most, size).astype(dtype)).save(tmp_path / name)
+
+    for frame in range(3):
+        drawn(f"DAVIS/JPEGImages/480p/dot/{frame}.jpg", 20, 28, 3)
+        drawn(f"DAVIS/Annotations/480p/dot/{frame}.png", 20, 28, most=3)
+    (tmp_path / "DAVIS" / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "DAVIS" / "ImageSets" / "2017" / "val.txt").write_text("dot\n")
+    for number, part in enumerate(["training", "training", "validation"]):
+        drawn(f"ADEChallengeData2016/images/{part}/{number}.jpg", 24, 20, 3)
+        drawn(f"ADEChallengeData2016/annotations/{part}/{number}.png", 24, 20, most=5)
+    for part in ("train", "test"):
+        drawn(f"nyu/{part}/rgb.jpg", 480, 640, 3)
+        drawn(f"nyu/{part}/depth.png", 480, 640, most=9000, dtype=np.uint16)
+        (tmp_path / "nyu" / f"nyu_{part}.txt").write_text(f"/{part}/rgb.jpg /{part}/depth.png 518.8\n")
+    own = suites.load("dense")
+    once = [  # of the heads that learn, one update
+        dataclasses.replace(dataset, evaluator=dataset.evaluator | ({} if dataset.name == "DAVIS" else {"epochs": 1}))
+        for dataset in own.datasets
+    ]
+    own = dataclasses.replace(own, datasets=tuple(once))
+    results = suites.run(tower, own, str(tmp_path), limit=1)
+    assert [result.status for result in results] == ["done"] * 3
+    assert [result.card["evaluator"]["train"]["limit"] for result in results[1:]] == [1, 1]
+    values = suites.Report(own, "ours", results).values
+    assert set(values) == set(own.columns)
+    for name, result, better in zip(("DAVIS", "ADE20k", "NYU"), results, (max, max, min), strict=True):
+        figure = {"DAVIS": "jf", "ADE20k": "miou", "NYU": "rmse"}[name]
+        layers = [result.card["figures"][f"layer_0{layer}_{figure}"] for layer in range(3)]
+        scale = 1 if name == "NYU" else 100
+        assert values[f"{name} best"] == scale * better(layers) and values[f"{name} last"] == scale * layers[-1]
+        assert values[f"{name} layer"] == layers.index(better(layers))
 
 
 @pytest.fixture
