@@ -50,7 +50,7 @@ def test_json_has_every_image_with_its_labels_best_first(model, photos, capsys):
     )
     assert code == 0
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"model", "labels", "templates", "images", "skipped"}
+    assert set(document) == {"model", "labels", "templates", "images", "videos", "skipped"}
     assert document["labels"] == ["a cat", "a dog", "a bird"]
     assert document["templates"] == ["a photo of a {}."]
     assert [image["image"] for image in document["images"]] == [
@@ -81,13 +81,43 @@ def test_a_bad_image_is_reported_and_left_out(model, photos, capsys):
     assert code == 0
     assert len(document["images"]) == 3
     assert [image["image"] for image in document["skipped"]] == [str(photos / "broken.png")]
-    assert "1 of 4 images could not be read." in said.err
+    assert "1 of 4 files could not be read." in said.err
+
+
+def test_a_video_is_the_mean_of_its_frames_beside_the_images(model, photos, capsys, monkeypatch):
+    """One of a single picture is classified as that picture, whatever is around it."""
+    av = pytest.importorskip("av")
+    frame = np.random.default_rng(1).integers(0, 255, (2, 2, 3)).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+    with av.open(str(photos / "Still.MP4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=5, width=32, height=32, pix_fmt="yuv420p")
+        for _ in range(3):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        file.mux(stream.encode())
+    PIL.Image.fromarray(frame).save(photos / "still.png")
+    (photos / "broken.webm").write_bytes(b"nothing")
+    arguments = ["classify", "--model", model, str(photos), "--labels", "x,y,z", "--templates", "none"]
+    assert cli.main([*arguments, "--json"]) == 0
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    (video,) = document["videos"]
+    assert video["video"] == str(photos / "Still.MP4")
+    images = {image["image"]: image["scores"] for image in document["images"]}
+    assert len(images) == 4
+    like = {score["label"]: score["cosine"] for score in images[str(photos / "still.png")]}
+    for score in video["scores"]:  # but for what coding loses
+        np.testing.assert_allclose(score["cosine"], like[score["label"]], atol=0.02)
+    others = [{score["label"]: score["cosine"] for score in own} for path, own in images.items() if "still" not in path]
+    assert all(max(abs(other[label] - like[label]) for label in like) > 0.02 for other in others)
+    assert document["skipped"][0]["video"] == str(photos / "broken.webm") and "1 of 6 files" in said.err
+    monkeypatch.chdir(photos)
+    assert cli.main([*arguments[:3], "Still.MP4", *arguments[4:]]) == 0
+    assert "Still.MP4" in capsys.readouterr().out
 
 
 def test_only_bad_images_fail(model, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     assert cli.main(["classify", "--model", model, str(tmp_path / "broken.png"), "--labels", "x,y"]) == 1
-    assert "1 of 1 images could not be read." in capsys.readouterr().err
+    assert "1 of 1 files could not be read." in capsys.readouterr().err
 
 
 def test_the_table_shows_labels_and_percent(model, photos, capsys):
@@ -121,7 +151,7 @@ def test_what_cannot_be_asked_is_said_before_the_model_is_loaded(photos, argumen
 
 def test_missing_files_and_folders_without_images_are_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for path, message in (("empty", "holds no image"), ("gone.png", "does not exist")):
+    for path, message in (("empty", "holds no image or video"), ("gone.png", "does not exist")):
         assert cli.main(["classify", "--model", "m", str(tmp_path / path), "--labels", "x,y"]) == 2
         assert message in capsys.readouterr().err
 

@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from pe_jax import paths
-    from pe_jax.commands.classify import find_images
+    from pe_jax.commands.classify import find_files
     from pe_jax.evals import inference, pictures, plots
 
     format, size = plots.format_of(args.out), _size(args.size)
     plots.require()
     if args.kind == "similarity" and not args.at:
         raise ValueError("--kind similarity needs a point: --at X,Y in pixels of the image, or --at 50%,50%.")
-    images = find_images(args.images)
+    images = find_files(args.images)
     model = load_model(args)
     preprocess = inference.preprocess_of(model)
     points = None
