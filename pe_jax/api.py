@@ -15,6 +15,8 @@ from pe_jax.data.image import Preprocess
 from pe_jax.data.text import Tokenizer
 from pe_jax.models import zoo
 from pe_jax.models.clip import CLIPConfig
+from pe_jax.models.vision import VisionConfig
+from pe_jax.models.vlm import VLMConfig
 from pe_jax.types import Params, split
 
 
@@ -39,7 +41,8 @@ def create(
       mesh: where the parameters go (`pe_jax.make_mesh`); None puts them on the default device.
 
     Returns:
-      A `CLIP`, or a `VisionTower` for the vision-only names, with `preprocess` and, for a CLIP, `tokenize`.
+      A `CLIP`, a `VLM` where there is a decoder, or a `VisionTower` for the vision-only names; with `preprocess` and,
+      for a CLIP, `tokenize`.
     """
     config = _with_dtype(zoo.architecture(name_or_config), dtype)
 
@@ -69,7 +72,8 @@ def load(
       mesh: where the parameters go, cut by the rules of `pe_jax.sharding`; None puts them on the default device.
 
     Returns:
-      A `CLIP`, or a `VisionTower` for vision-only weights, with `preprocess` and, for a CLIP, `tokenize`.
+      A `CLIP`, a `VLM` of a run of ours, or a `VisionTower` for vision-only weights; with `preprocess` and, for a
+      CLIP, `tokenize`. To talk to a VLM, or to read one from other people's files, see `pe_jax.assistant`.
 
     Raises:
       ValueError: if the weights do not fit the architecture, naming every key that differs and its neighbours.
@@ -109,7 +113,7 @@ def _assemble(config: zoo.Architecture, params: Params, preprocess: Preprocess |
     """The module around the parameters, with what turns files and strings into its inputs."""
     graphdef, _ = split(zoo.abstract(config))
     model = nnx.merge(graphdef, params)
-    vision = config.vision if isinstance(config, CLIPConfig) else config
+    vision = config if isinstance(config, VisionConfig) else config.vision
     model.preprocess = preprocess or Preprocess(size=vision.image_size)
     if isinstance(config, CLIPConfig):
         model.tokenize = Tokenizer(config.text.context_length)
@@ -119,8 +123,9 @@ def _assemble(config: zoo.Architecture, params: Params, preprocess: Preprocess |
 def _with_dtype(config: zoo.Architecture, dtype: str | None) -> zoo.Architecture:
     if dtype is None:
         return config
-    if isinstance(config, CLIPConfig):
-        return CLIPConfig(
-            dataclasses.replace(config.vision, dtype=dtype), dataclasses.replace(config.text, dtype=dtype)
-        )
-    return dataclasses.replace(config, dtype=dtype)
+    if isinstance(config, VisionConfig):
+        return dataclasses.replace(config, dtype=dtype)
+    vision = dataclasses.replace(config.vision, dtype=dtype)
+    if isinstance(config, VLMConfig):
+        return dataclasses.replace(config, vision=vision, decoder=dataclasses.replace(config.decoder, dtype=dtype))
+    return CLIPConfig(vision, dataclasses.replace(config.text, dtype=dtype))

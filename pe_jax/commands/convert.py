@@ -7,7 +7,8 @@
   pe-jax convert runs/lang PE-Lang-G14-448.safetensors --to meta --model PE-Lang-G14-448
 
 SRC is a .pt or .safetensors file (or folder of shards) of any layout, an Orbax weights directory, the workdir of a
-run, a released name, or an hf:// or gs:// address. The suffix of DST, .pt or .safetensors, says which file to write;
+run, a released name, or an hf:// or gs:// address. Of a vision-language model, ours, transformers' Perception-LM or
+PLM's consolidated.pth, the vision tower is taken. The suffix of DST, .pt or .safetensors, says which file to write;
 with --to orbax it is a directory. timm holds the vision tower alone. Types are kept between Orbax and files; PyTorch
 files are read into float32. Of a vision-language model the tower is kept, which is what its training was for.
 """
@@ -95,11 +96,12 @@ def _check(destination: epath.Path, to: str) -> None:
 def _read(args: argparse.Namespace) -> tuple[Any, Any, str, str | None, dict[str, Any]]:
     """Parameters, architecture, layout, model's name if known, and the record that travels with the weights."""
     from pe_jax import checkpoint, hub
-    from pe_jax.convert import pe, weights
+    from pe_jax.convert import pe, vlm, weights
     from pe_jax.data.image import Preprocess
     from pe_jax.models import zoo
     from pe_jax.models.vlm import VLMConfig
 
+    found: dict[str, Any]
     path = hub.resolve(args.source, offline=args.offline)
     name = args.model or (args.source if args.source in zoo.NAMES else None)
     if checkpoint.is_checkpoint(path):
@@ -115,6 +117,9 @@ def _read(args: argparse.Namespace) -> tuple[Any, Any, str, str | None, dict[str
         name = args.model or found.get("model")
     else:
         tensors, found = weights.read(path), weights.read_metadata(path)
+        if inside := vlm.tower_tensors(tensors):
+            folder = epath.Path(path) if epath.Path(path).is_dir() else epath.Path(path).parent
+            tensors, found = inside, {"architecture": zoo.to_dict(vlm.read_config(folder).vision)}
         if name is not None:
             config = zoo.architecture(name)
         elif "architecture" in found:

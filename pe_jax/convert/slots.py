@@ -4,6 +4,7 @@ A layout of a model is a list of slots: each says which tensors hold a parameter
 to go from one to the other. Accounting for every name and shape, reading and writing follow from that list.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -129,8 +130,7 @@ def place(
             branch[name] = _put(value, kind, where)
             continue
         if name not in branch:
-            shape = leaf(shapes, slot.path).shape
-            branch[name] = jax.jit(lambda s=shape, k=kind: jnp.zeros(s, k), out_shardings=where)()
+            branch[name] = _zeros(leaf(shapes, slot.path).shape, kind, where)()
         elif branch[name].dtype != kind:
             raise ValueError(
                 f"{slot.names[0]} is {kind}, the blocks before it {branch[name].dtype}; one array holds them all: "
@@ -146,6 +146,11 @@ def place(
 def _put(value: np.ndarray, dtype: np.dtype, where: jax.sharding.Sharding) -> jax.Array:
     """An array on its devices; each process copies what its own devices hold."""
     return jax.make_array_from_callback(value.shape, where, lambda index: np.array(value[index], dtype, order="C"))
+
+
+@functools.lru_cache(maxsize=256)  # as many as a few models have parameters: reading one again compiles nothing
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, where: jax.sharding.Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=where)
 
 
 @jax.jit(donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Weights of vision-language models, both ways, and how one begins and what is left of it: join and tower.
+"""Weights of vision-language models, both ways, and of their towers alone.
 
 Two layouts hold a whole model. `hf`: transformers' Perception-LM, a folder of safetensors with a `config.json`, its
 tower as timm has it. `meta`: `consolidated.pth` beside a `params.json`, as PLM's own programs read it, its tower as
@@ -16,8 +16,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -27,7 +25,7 @@ from pe_jax.convert.slots import SHARD_BYTES, Lazy, Slot
 from pe_jax.models import zoo
 from pe_jax.models.decoder import RopeScaling
 from pe_jax.models.vision import VisionConfig
-from pe_jax.models.vlm import VLM, Projector, VLMConfig
+from pe_jax.models.vlm import VLM, VLMConfig
 from pe_jax.types import Params, split
 
 LAYOUTS = ("hf", "meta")
@@ -229,77 +227,22 @@ def write(
     slots.write_shards(folder, tensors, to_hf_config(config) | {"torch_dtype": kind}, shard_bytes)
 
 
-# ----------------------------------------------------------------------------------------------------- join and tower
-
-
-def join(
-    vision: Params,
-    language: Params,
-    config: VLMConfig,
-    rngs: nnx.Rngs,
-    *,
-    projector: Params | None = None,
-    fold: bool = False,
-) -> Params:
-    """The parameters that a model of `config` begins with, from those of its trained parts.
-
-    The tower is cut after the blocks that `config` has, what followed them is left out, and its position embedding is
-    resized if the grid is another. LayerScale that the tower did not have begins at `config.vision.layer_scale` in
-    every channel, which scales the branches of trained blocks: PLM trains from there. With `fold` those branches are
-    divided by as much, and the function stays. Pure, so that it can be run by `jax.jit` with the shardings of the
-    result, or by `jax.eval_shape`.
-
-    Args:
-      vision: of a CLIP, of a tower, or of another VLM's `vision`.
-      language: of a decoder.
-      config: the architecture to begin.
-      rngs: draws a new projector.
-      projector: of another VLM, to go on with.
-      fold: whether new LayerScale leaves the function as it is.
-
-    Raises:
-      ValueError: if the parts do not fit the architecture, listing every parameter that does not.
-
-    Source: PE §4.1, PLM §3 (new LayerScale at 0.1); the code released with them (not folded).
-    """
-    c, tower = config.vision, dict(vision.get("vision", vision))
-    for name in ("norm_post", "pool", "projection"):
-        tower.pop(name, None)
-    blocks = dict(tower["blocks"])
-    depth = len(jax.tree.leaves(blocks)[0])
-    if depth < c.depth:
-        raise ValueError(f"The tower has {depth} blocks, the architecture {c.depth}; choose an earlier tap.")
-    blocks = jax.tree.map(lambda leaf: leaf[: c.depth], blocks)
-    if c.layer_scale is not None and "scale1" not in blocks:
-        for scale, branch, last in (("scale1", "attention", "out"), ("scale2", "mlp", "down")):
-            gamma = jnp.full((c.depth, c.width), c.layer_scale, blocks["norm1"]["scale"].dtype)
-            blocks[scale] = {"gamma": gamma}
-            if fold:
-                scaled = jax.tree.map(lambda leaf: leaf / c.layer_scale, blocks[branch][last])
-                blocks[branch] = blocks[branch] | {last: scaled}
-    tower |= {"blocks": blocks, "position": _resized(tower["position"], c)}
-    if projector is None:
-        projector = split(Projector(config, rngs=rngs))[1]
-    params = {"vision": tower, "projector": projector, "decoder": language}
-    slots.check(params, split(abstract(config))[1])
-    return params
-
-
-def _resized(table: jax.Array, config: VisionConfig) -> jax.Array:
-    """A position embedding for the grid of `config`, as the tower itself would resize it for such an image."""
-    first, width = int(config.class_token), table.shape[-1]
-    side = math.isqrt(len(table) - first)
-    if side == config.grid or side * side != len(table) - first:
-        return table
-    grid = jax.image.resize(
-        table[first:].reshape(side, side, width), (config.grid, config.grid, width), "bilinear", antialias=False
-    )
-    return jnp.concatenate([table[:first], grid.reshape(-1, width)])
+# -------------------------------------------------------------------------------------------------------------- tower
 
 
 def tower(config: VLMConfig, params: Params) -> tuple[VisionConfig, Params]:
     """PE-Lang: a trained model's tower alone, for inference, as `convert.pe` writes it in any layout."""
     return dataclasses.replace(config.vision, drop_path=0.0), params["vision"]
+
+
+def tower_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole model's tensors that are of its tower, by the names that `convert.pe` reads; {} where there are none."""
+    return {
+        name.removeprefix(prefix): tensor
+        for _, prefix in _TOWER.values()
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- config.json

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pe_jax import sharding
+from pe_jax import api, sharding
 from pe_jax.models import zoo
 from pe_jax.models.decoder import DecoderConfig
 from pe_jax.models.layers import gelu
@@ -345,3 +345,10 @@ def test_half_precision_is_of_activations_alone():
     hidden = model.hidden(tokens, pixels(1, 2), slots)
     assert hidden.dtype == jnp.bfloat16
     same(hidden, small().hidden(tokens, pixels(1, 2), slots), rtol=0.05)
+
+
+def test_the_public_api_takes_one_with_its_preprocessing_and_in_any_precision():
+    config = api._with_dtype(SMALL, "bfloat16")
+    assert (config.vision.dtype, config.decoder.dtype) == ("bfloat16", "bfloat16")
+    model = api._assemble(config, split(small())[1], None)
+    assert isinstance(model, VLM) and model.preprocess.size == (24, 24)

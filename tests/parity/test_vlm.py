@@ -55,9 +55,10 @@ def tensors(model: Any, value: Any = lambda p: p) -> dict[str, np.ndarray]:
     return {name: value(p).detach().numpy() for name, p in model.named_parameters()}
 
 
+@functools.cache
 def ours(name: str) -> VLM:
     graphdef, _ = split(convert.abstract(CONFIGS[name]))
-    return nnx.merge(graphdef, convert.to_params(tensors(theirs(name)), CONFIGS[name]))
+    return nnx.merge(graphdef, convert.to_params(tensors(theirs(name).float()), CONFIGS[name]))
 
 
 def inputs(name: str) -> dict[str, np.ndarray]:
