@@ -3,6 +3,7 @@
   pe-jax data digits data/digits
   pe-jax data inspect data/digits/train.jsonl --sheet sheet.png
   pe-jax data convert "shards/train-{000..099}.tar" data/train --shards 64
+  pe-jax data rows talks.jsonl --tokenizer llama/tokenizer.model --max-tiles 4 --sheet row.png
 
 A source is a path (.jsonl, .csv, .tsv, .npz, .tar, .array_record, a folder of shards, images or videos) or a source
 config as JSON, such as '{"name": "tfds", "dataset": "mnist", "split": "test"}'.
@@ -10,16 +11,20 @@ config as JSON, such as '{"name": "tfds", "dataset": "mnist", "split": "test"}'.
 
 import argparse
 import collections
+import itertools
 import json
 import math
+import re
 import sys
 from typing import Any
 
 _TILE = 160  # pixels of a picture on a sheet
+# What may stand at visual places, where no model says it: of PLM, of Llama 3 (the same id), of Qwen 2 VL.
+_IMAGE_TOKENS = ("<|image|>", "<|reserved_special_token_0|>", "<|image_pad|>")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{digits,inspect,convert}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{digits,inspect,convert,rows}")
 
     digits = actions.add_parser("digits", help="write scikit-learn's handwritten digits as images and captions")
     digits.add_argument("out", metavar="OUT", help="folder to write")
@@ -38,12 +43,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--shards", type=int, default=0, help="number of files; 0 is one per 10,000 records (0)")
     convert.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read")
 
-    for action in (digits, inspect, convert):
+    rows = actions.add_parser("rows", help="pack conversations into rows: how full they get, and what one looks like")
+    rows.add_argument("source", metavar="SOURCE", nargs="+", help='path or JSON, with a "weight" if there are several')
+    rows.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="tokenizer.json, tokenizer.model or their folder"
+    )
+    rows.add_argument("--template", default="llama3", help="llama3, qwen2 or plain (llama3)")
+    rows.add_argument("--length", type=int, default=6144, help="tokens of a row (6144)")
+    rows.add_argument("--chunks", type=int, default=24, help="image chunks of a row (24)")
+    rows.add_argument("--image-size", type=int, default=448, help="pixels of a chunk (448)")
+    rows.add_argument("--patch-size", type=int, default=14, help="of the model, in pixels (14)")
+    rows.add_argument("--pooling", type=int, default=2, help="of the model's visual tokens, each way (2)")
+    rows.add_argument("--max-tiles", type=int, default=1, help="of an image; 1 is the whole alone (1)")
+    rows.add_argument("--frames", type=int, default=8, help="most frames of a video (8)")
+    rows.add_argument("--groups", type=int, default=4, help="groups of 32 rows to measure (4)")
+    rows.add_argument("--row", type=int, default=0, help="the row to draw (0)")
+    rows.add_argument("--seed", type=int, default=0, help="of the order (0)")
+    rows.add_argument("--sheet", metavar="PNG", help="draw that row: its chunks, its text, and what is asked in green")
+
+    for action in (digits, inspect, convert, rows):
         action.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    result = {"digits": _digits, "inspect": _inspect, "convert": _convert}[args.action](args)
+    result = {"digits": _digits, "inspect": _inspect, "convert": _convert, "rows": _rows}[args.action](args)
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
@@ -205,6 +228,115 @@ def _wrapped(text: str, font: Any, width: int, lines: int = 3) -> str:
             line = longer
     done.append(line)
     return "\n".join(done if len(done) <= lines else [*done[: lines - 1], done[lines - 1] + " …"])
+
+
+def _rows(args: argparse.Namespace) -> dict[str, Any]:
+    from pe_jax.data import packing, sources, tokenizers
+
+    tokenizer = tokenizers.load(args.tokenizer)
+    named = [tokenizer.specials[name] for name in _IMAGE_TOKENS if name in tokenizer.specials]
+    config = {
+        "sources": [sources.guess(source) for source in args.source],
+        **{name: getattr(args, name) for name in ("tokenizer", "template", "length", "chunks", "max_tiles", "frames")},
+        "max_bad_records": 1000,
+    }
+    shape = {"image_size": args.image_size, "patch_size": args.patch_size, "pooling": args.pooling}
+    token = (named or [tokenizer.vocab_size])[0]
+    with packing.create(config, batch_size=1, seed=args.seed, image_token=token, start=args.row, **shape) as loader:
+        result: dict[str, Any] = {k: round(v, 4) for k, v in loader.survey(args.groups).items()}
+        if args.sheet:
+            chunk_tokens = (args.image_size // args.patch_size // args.pooling) ** 2
+            row_sheet({name: value[0] for name, value in next(loader).items()}, tokenizer, chunk_tokens).save(
+                args.sheet
+            )
+            result["sheet"] = args.sheet
+        # A number of its own, since `bad` makes the command fail, and such records are replaced.
+        result["bad_records"] = sum(loader.bad.values())
+        result["too_long"] = sum(loader.too_long.values())
+    return result
+
+
+def row_sheet(row: dict[str, Any], tokenizer: Any, chunk_tokens: int, width: int = 1200, tile: int = 112) -> Any:
+    """A PIL image of one packed row: of each sample its chunks, numbered, and its text, what is asked on green.
+
+    Special tokens are grey, and a run of visual tokens is its chunks' numbers in brackets.
+    """
+    import PIL.Image
+    import PIL.ImageDraw
+    import PIL.ImageFont
+
+    text, small = PIL.ImageFont.load_default(14), PIL.ImageFont.load_default(12)
+    gap, line = 12, 20
+    names = {token: name for name, token in tokenizer.specials.items()}
+    # First laid out, then drawn, when the height is known: (kind, left, top, what, colour).
+    marks: list[tuple[str, float, int, Any, Any]] = []
+    top = gap
+    for segment in range(1, int(row["segments"].max()) + 1):
+        here = (row["segments"] == segment).nonzero()[0]
+        slots, targets = row["slots"][here].tolist(), row["targets"][here].tolist()
+        chunks = sorted({slot // chunk_tokens for slot in slots if slot >= 0})
+        asked = sum(target >= 0 for target in targets)
+        title = f"sample {segment}: {len(here)} tokens, {asked} asked, {len(chunks)} chunks"
+        marks.append(("title", gap, top, title, (40, 70, 160)))
+        top += line + 4
+        for k, chunk in enumerate(chunks):
+            column, across = k % ((width - gap) // (tile + 6)), (width - gap) // (tile + 6)
+            left = gap + column * (tile + 6)
+            place = top + k // across * (tile + line)
+            marks.append(("image", left, place, row["chunks"][chunk], None))
+            marks.append(("note", left, place + tile, f"chunk {chunk}", (110, 110, 110)))
+        if chunks:
+            top += math.ceil(len(chunks) / ((width - gap) // (tile + 6))) * (tile + line) + 4
+        # A target is the next place's token, or the one after the last.
+        tokens = row["tokens"][here].tolist()
+        tokens = [*tokens, targets[-1]]
+        green = [False, *(target >= 0 for target in targets)]
+        left = float(gap)
+        for kind, run in _runs(tokens, green, [*slots, -1], names):
+            if kind[0] == "visual":
+                first, last = run[0] // chunk_tokens, run[-1] // chunk_tokens
+                shown = f"[chunk {first}]" if first == last else f"[chunks {first} to {last}]"
+            else:
+                shown = "".join(names[token] for token in run) if kind[0] == "special" else tokenizer.decode(run)
+            colour = {"visual": (40, 70, 160), "special": (130, 130, 130), "text": (0, 0, 0)}[kind[0]]
+            for word in _words(shown):
+                if word == "\n":
+                    left, top = float(gap), top + line
+                    continue
+                wide = text.getlength(word)
+                if left + wide > width - gap and left > gap:
+                    left, top = float(gap), top + line
+                marks.append(("asked" if kind[1] else "text", left, top, word, colour))
+                left += wide
+        top += line + gap
+    page = PIL.Image.new("RGB", (width, top), "white")
+    draw = PIL.ImageDraw.Draw(page)
+    for kind, x, y, what, colour in marks:
+        if kind == "image":
+            page.paste(PIL.Image.fromarray(what).resize((tile, tile)), (int(x), y))
+            continue
+        if kind == "asked":
+            draw.rectangle((x, y, x + text.getlength(what), y + line - 3), fill=(200, 240, 200))
+        if kind == "title":
+            draw.line((x, y - 4, width - gap, y - 4), fill=(200, 200, 200))
+        draw.text((x, y), what, fill=colour, font=small if kind == "note" else text)
+    return page
+
+
+def _runs(tokens: list[int], asked: list[bool], slots: list[int], names: dict[int, str]) -> Any:
+    """Neighbours of one kind: (("text", "special" or "visual", whether asked for), their tokens or slots)."""
+    kinds = [
+        ("visual" if slot >= 0 else "special" if token in names else "text", green)
+        for token, green, slot in zip(tokens, asked, slots, strict=True)
+    ]
+    for kind, group in itertools.groupby(range(len(tokens)), key=kinds.__getitem__):
+        places = list(group)
+        yield kind, [slots[i] if kind[0] == "visual" else tokens[i] for i in places]
+
+
+def _words(text: str) -> list[str]:
+    """Pieces between which a line may break; a newline is one of its own."""
+    return re.findall(r"\n|[^\S\n]*[^\s]{1,60}|[^\S\n]+", text)
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:

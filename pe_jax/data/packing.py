@@ -231,6 +231,27 @@ class Loader(pipeline.Loader):
         with self._stream.lock:
             return {source.name: len(self._stream.long[i]) for i, source in enumerate(self._stream.sources)}
 
+    def survey(self, groups: int = 8) -> dict[str, float]:
+        """What the first groups of 32 rows hold, found without decoding an image.
+
+        Returns:
+          `rows` looked at; `samples` a row; shares of their `tokens` places that are taken, of which `visual` are
+          visual tokens' and `asked` ask for one; share of `chunks` in use; share of records `left_out`.
+        """
+        stream = self._stream
+        found = [group for number in range(groups) for group in _Group(stream, number).rows]
+        samples = [sample for row in found for sample in row]
+        places = stream.length * len(found)
+        return {
+            "rows": len(found),
+            "samples": len(samples) / len(found),
+            "tokens": sum(sample.rendered.length for sample in samples) / places,
+            "visual": sum(int((sample.rendered.slots >= 0).sum()) for sample in samples) / places,
+            "asked": sum(int((sample.rendered.targets >= 0).sum()) for sample in samples) / places,
+            "chunks": sum(sample.chunks for sample in samples) / (stream.room * len(found)),
+            "left_out": 1 - len(samples) / (groups * stream.window),
+        }
+
     @property
     def left_out(self) -> float:
         """Share of the records met so far for which their group had no place."""

@@ -1,4 +1,4 @@
-"""`pe-jax data`: digits, inspect, convert."""
+"""`pe-jax data`: digits, inspect, convert, rows."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import pytest
 from pe_jax.commands import data
 from pe_jax.data import sources
 from pe_jax.data.image import Preprocess, decode
-from tests.data import films
+from tests.data import films, vocabularies
 
 
 def call(capsys, *words) -> tuple[int, dict]:
@@ -137,3 +137,25 @@ def test_convert_keeps_the_bytes_of_videos(videos, tmp_path, capsys):
     source = sources.create({"name": "array_record", "path": str(tmp_path / "out")})
     for i, name in enumerate(("wide.mp4", "high.webm", "bad.mp4")):
         assert source[i] == {"caption": name, "video": (videos.parent / name).read_bytes()}
+
+
+def test_rows_tell_how_full_they_get_and_show_one(small, tmp_path, capsys):
+    vocabularies.llama(tmp_path)
+    words = ["rows", small.config("jsonl")["path"], "--tokenizer", str(tmp_path), "--length", "300", "--chunks", "9"]
+    words += ["--image-size", "16", "--patch-size", "4", "--max-tiles", "2", "--groups", "2", "--row", "40"]
+    code, result = call(capsys, *words, "--sheet", str(tmp_path / "row.png"))
+    assert code == 0 and result["rows"] == 64 and result["bad_records"] == result["too_long"] == 0
+    assert 1 < result["samples"] <= 3 and 0.7 < result["tokens"] < 1
+    assert result["visual"] == pytest.approx(4 * 9 * result["chunks"] / 300, abs=1e-3)
+    assert 0 < result["asked"] < result["tokens"] - result["visual"]
+    page = np.array(decode(tmp_path / "row.png"))
+    assert page.shape[1] == 1200
+    assert (page == (200, 240, 200)).all(-1).any()  # what is asked
+    assert len(np.unique(page[:, 12:124].reshape(-1, 3), axis=0)) > 100  # the first chunk of a sample
+
+
+def test_rows_of_a_template_that_is_not_the_tokenizers_are_refused(small, tmp_path, capsys):
+    vocabularies.llama(tmp_path)
+    words = ["rows", small.config("jsonl")["path"], "--tokenizer", str(tmp_path), "--template", "qwen2"]
+    with pytest.raises(ValueError, match="choose the template that belongs to this tokenizer"):
+        call(capsys, *words)

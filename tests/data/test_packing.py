@@ -170,6 +170,18 @@ def test_by_default_rows_are_filled_and_few_records_are_left_out(folder):
         assert 2 < loader.samples_per_row < 8
 
 
+def test_a_survey_tells_what_the_rows_hold_without_decoding(folder, whole):
+    with data.create("chat", config(folder), batch_size=8, seed=3, **SHAPE) as loader:
+        told = loader.survey(1)
+    rows = {name: np.concatenate([batch[name] for batch in whole[:4]]) for name in whole[0]}
+    assert told["rows"] == 32 and told["samples"] == rows["segments"].max(1).mean()
+    assert told["tokens"] == pytest.approx((rows["segments"] > 0).mean())
+    assert told["visual"] == pytest.approx((rows["slots"] >= 0).mean())
+    assert told["asked"] == pytest.approx((rows["targets"] >= 0).mean())
+    assert told["chunks"] == pytest.approx((rows["slots"].max(1) + 1).mean() / 4 / 12)
+    assert told["left_out"] == 1 - rows["segments"].max(1).sum() / int(32 * 2.4)
+
+
 def test_rows_follow_the_record_and_not_the_time_it_takes(folder):
     """A position is the number of rows, whatever they hold."""
     with data.create("chat", config(folder), batch_size=8, seed=3, start=16, **SHAPE) as loader:
