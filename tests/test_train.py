@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import pytest
 
 from experiments import smoke
 from pe_jax import metrics, sharding, train
-from tests import fake_gcs
+from tests import fake_gcs, quick, two_processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARES = {*metrics.Speed.PARTS, "host_other"}
@@ -38,7 +37,7 @@ def environment(devices):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": quick.flags(devices),
         "JAX_COMPILATION_CACHE_DIR": CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -231,21 +230,26 @@ def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
     np.testing.assert_allclose([float(r["loss"]) for r in got], [float(r["loss"]) for r in want], rtol=1e-3)
 
 
-def start_two(workdir, *flags):
-    """Two processes of one run, of one device each: with more, XLA's collectives on CPUs abort now and then."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = (f"--coordinator=127.0.0.1:{port}", "--processes=2", *flags)
-    return [start(workdir, *flags, f"--process={i}") for i in range(2)]
+def one_of_two(workdir, *flags):
+    """Starts one of two processes of a run, of one device each: with more, XLA's collectives abort more often.
+
+    Without the cache, of which process 0 alone would have the use: Gloo gives up on a peer half a minute later.
+    """
+    return lambda port, number: start(
+        workdir,
+        f"--coordinator=127.0.0.1:{port}",
+        "--processes=2",
+        f"--process={number}",
+        *flags,
+        cached=False,
+    )
 
 
 @pytest.fixture(scope="module")
 def whole_of_two(tmp_path_factory):
     """The uninterrupted run of two processes."""
     workdir = tmp_path_factory.mktemp("whole_of_two")
-    for process in start_two(workdir, "--profile=17:2"):
-        finish(process)
+    two_processes.finish(one_of_two(workdir, "--profile=17:2"))
     return workdir
 
 
@@ -269,7 +273,7 @@ def test_a_logged_step_tells_its_seconds_and_what_shares_of_them_went_where(whol
 
 
 def test_when_one_of_two_processes_is_killed_both_end_and_the_same_command_goes_on(whole_of_two, tmp_path):
-    first, second = start_two(tmp_path)
+    first, second = two_processes.begin(one_of_two(tmp_path))
     wait_for_step(tmp_path, 7, first)
     while not (tmp_path / "checkpoints" / "5").exists():
         assert first.poll() is None
@@ -278,8 +282,7 @@ def test_when_one_of_two_processes_is_killed_both_end_and_the_same_command_goes_
     second.communicate()
     first.communicate(timeout=120)  # it does not wait for a peer that is gone
     assert first.returncode != 0 and int(rows(tmp_path)[-1]["step"]) < 20
-    said = [finish(process) for process in start_two(tmp_path)]
-    assert "going on from step" in said[0]
+    assert "going on from step" in two_processes.finish(one_of_two(tmp_path))[0]
     assert rows(tmp_path) == rows(whole_of_two)
 
 

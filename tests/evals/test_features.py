@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -20,6 +19,7 @@ from pe_jax.data import sources
 from pe_jax.evals import features
 from pe_jax.models import zoo
 from pe_jax.types import split
+from tests import quick, two_processes
 from tests.evals.conftest import ARCH, NAMES
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -307,24 +307,15 @@ sys.exit(cli.main(sys.argv[3:]))
 
 
 def test_two_processes_write_shards_of_their_own_into_one_folder(weights, dataset, tokens, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     arguments = ["features", "--model", weights, dataset["path"], "--layers", "1,3", "--what", "tokens"]
     arguments += ["--out", str(tmp_path), "--shards", "5", "--batch-size", "4"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, port, str(i), *arguments],
-            cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    told = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+
+    def start(port, number):
+        words = [sys.executable, "-c", WORKER, str(port), str(number), *arguments]
+        variables = {**os.environ, "XLA_FLAGS": quick.flags(devices=2)}
+        return subprocess.Popen(words, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True)
+
+    told = two_processes.finish(start)
     assert "For this process 3 shards are left" in told[0] and "For this process 2 shards are left" in told[1]
     found = features.open(tmp_path)
     for name, values in tokens.items():

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 
 from pe_jax import optim, sharding, train
 from pe_jax.stages import Contrastive
+from tests import quick, two_processes
 from tests.sharded.test_meshes import ARCH, batch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,25 +60,15 @@ if number == 0:
 
 
 def test_two_processes_of_four_devices_train_to_the_losses_of_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    variables = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, port, str(i), str(tmp_path)],
-            env=variables,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    want = losses()
-    for process in processes:
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == 0, told
-    got = json.loads((tmp_path / "losses.json").read_text())
+    variables = {**os.environ, "XLA_FLAGS": quick.flags(devices=4), "PYTHONPATH": str(ROOT)}
+
+    def start(port, number):
+        (tmp_path / f"compiled-{number}").unlink(missing_ok=True)  # of a try before
+        words = [sys.executable, "-c", WORKER, str(port), str(number), str(tmp_path)]
+        return subprocess.Popen(words, env=variables, stderr=subprocess.PIPE, text=True)
+
+    two_processes.finish(start)
+    want, got = losses(), json.loads((tmp_path / "losses.json").read_text())
     assert len(set(want)) == 5
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
