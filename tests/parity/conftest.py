@@ -72,6 +72,16 @@ def close(request: pytest.FixtureRequest) -> Any:
     return check
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: the process that reports has run no test itself
+        session.config.workeroutput["errors"] = ERRORS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    ERRORS.update(getattr(node, "workeroutput", {}).get("errors", {}))  # a file's tests are all run by one worker
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for file, kinds in ERRORS.items():
         terminalreporter.section(f"largest relative errors in {file}")
