@@ -100,7 +100,7 @@ def _open(text: str) -> tuple[dict[str, Any], Any, Any]:
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     import PIL.Image
 
-    from pe_jax.data import sources
+    from pe_jax.data import chat, sources
     from pe_jax.data.image import BadImage, decode
     from pe_jax.data.video import BadVideo, Reader
 
@@ -111,13 +111,16 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     fields: collections.Counter = collections.Counter()
     codecs: collections.Counter = collections.Counter()
     frames, rates = [], []
-    bad, shown = [], []
+    bad, shown, texts = [], [], []
     for i in _progress(range(count), "reading", quiet=args.json):
         where = source.where(i)
         try:
             record = source[i]
             fields.update(record.keys())
-            caption = captions(record, 0.0, where)
+            if "conversations" in record or "question" in record:
+                caption = " / ".join(text for _, text in chat.from_record(record, where).turns)
+            else:
+                caption = captions(record, 0.0, where)
             if "video" in record:
                 video = Reader(record["video"])
                 pictures = [PIL.Image.fromarray(frame) for frame in video.sample()]
@@ -126,16 +129,20 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
                 codecs[video.codec] += 1
                 about = f"{len(video)} frames" + (f", {video.fps:.4g} a second" if video.fps else "")
             else:
-                pictures, about = [decode(record["image"])], ""
+                images = record.get("image", [])  # conversations may be of text alone
+                pictures, about = [decode(one) for one in (images if isinstance(images, list) else [images])], ""
         except (BadImage, BadVideo, sources.BadRecord) as error:
             message = str(error)
             bad.append(message if where in message else f"{where}: {message}")
+            continue
+        texts += [caption] * (len(texts) < min(args.show, 5))
+        if not pictures:
             continue
         sizes[pictures[0].size] += 1
         modes[pictures[0].mode] += 1
         if len(shown) < args.show:
             pictures = [_scaled(picture, _TILE) for picture in pictures]  # not whole, of which there may be gigabytes
-            shown.append((pictures, f"{about}: {caption}" if about else caption, caption))
+            shown.append((pictures, f"{about}: {caption}" if about else caption))
     widths, heights = [w for w, _ in sizes] or [0], [h for _, h in sizes] or [0]
     result: dict[str, Any] = {
         "source": config["name"],
@@ -153,14 +160,14 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
             "fps": f"{min(rates):.4g} to {max(rates):.4g}",
             "codecs": ", ".join(f"{codec} ({n})" for codec, n in codecs.most_common()),
         }
-    result["captions"] = [caption for _, _, caption in shown[:5]]
+    result["captions"] = texts
     if bad:
         result["bad_records"] = bad if args.json else [*bad[:20], *([f"and {len(bad) - 20} more"] if bad[20:] else [])]
     if args.sheet:
         if not shown:
             raise ValueError("there is no good record to draw; leave out --sheet to see what is wrong.")
-        pairs = [(pictures, text) for pictures, text, _ in shown]
-        page = strips(pairs) if frames else sheet([(pictures[0], text) for pictures, text in pairs])
+        several = max(len(pictures) for pictures, _ in shown) > 1
+        page = strips(shown) if several else sheet([(pictures[0], text) for pictures, text in shown])
         page.save(args.sheet)
         result["sheet"] = args.sheet
     return result
@@ -381,8 +388,8 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     return {"folder": str(out), "shards": shards, "kept": kept, "written_records": written, "left_out": len(bad)}
 
 
-def _encoded(medium: Any, kind: str) -> bytes:
-    """The encoded bytes of a record's image or video; an image that is an array becomes a PNG."""
+def _encoded(medium: Any, kind: str) -> Any:
+    """The encoded bytes of a record's image or video, or of each of its images; an array becomes a PNG."""
     import io
 
     import numpy as np
@@ -391,6 +398,8 @@ def _encoded(medium: Any, kind: str) -> bytes:
 
     if isinstance(medium, bytes):
         return medium
+    if isinstance(medium, list):  # of images
+        return [_encoded(one, kind) for one in medium]
     if isinstance(medium, np.ndarray):
         if kind == "video":
             raise ValueError(f"a video of decoded frames {list(medium.shape)} cannot be converted; give its file.")

@@ -382,12 +382,21 @@ _MAGIC = b"PEJ1"
 def encode_record(record: Mapping[str, Any]) -> bytes:
     """A record as bytes: "PEJ1", the header's length (uint32, little endian), a JSON header, then the binary fields.
 
-    The header is {"fields": the JSON-able fields, "blobs": {name: number of bytes}}; blobs follow in that order.
+    The header is {"fields": the JSON-able fields, "blobs": {name: number of bytes, or of a list those of each}}; blobs
+    follow in that order.
     """
-    blobs = {name: bytes(value) for name, value in record.items() if isinstance(value, (bytes, bytearray))}
+    blobs = {name: value for name, value in record.items() if _binary(value)}
     fields = {name: value for name, value in record.items() if name not in blobs}
-    header = json.dumps({"fields": fields, "blobs": {k: len(v) for k, v in blobs.items()}}, ensure_ascii=False).encode()
-    return b"".join([_MAGIC, struct.pack("<I", len(header)), header, *blobs.values()])
+    sizes = {k: [len(part) for part in v] if isinstance(v, list) else len(v) for k, v in blobs.items()}
+    header = json.dumps({"fields": fields, "blobs": sizes}, ensure_ascii=False).encode()
+    parts = [part for value in blobs.values() for part in (value if isinstance(value, list) else [value])]
+    return b"".join([_MAGIC, struct.pack("<I", len(header)), header, *parts])
+
+
+def _binary(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(part, (bytes, bytearray)) for part in value)
+    return isinstance(value, (bytes, bytearray))
 
 
 def decode_record(data: bytes) -> Record:
@@ -398,12 +407,17 @@ def decode_record(data: bytes) -> Record:
         at = 8 + struct.unpack("<I", data[4:8])[0]
         header = json.loads(data[8:at])
         record, sizes = dict(header["fields"]), header["blobs"]
+        announced = at + sum(sum(size) if isinstance(size, list) else size for size in sizes.values())
     except (struct.error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the header of the record is damaged: {error}") from error
-    if at + sum(sizes.values()) != len(data):
-        raise ValueError(f"the record has {len(data)} bytes, its header announces {at + sum(sizes.values())}")
+    if announced != len(data):
+        raise ValueError(f"the record has {len(data)} bytes, its header announces {announced}")
     for name, size in sizes.items():
-        record[name], at = data[at : at + size], at + size
+        parts = []
+        for length in size if isinstance(size, list) else [size]:
+            parts.append(data[at : at + length])
+            at += length
+        record[name] = parts if isinstance(size, list) else parts[0]
     return record
 
 

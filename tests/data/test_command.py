@@ -159,3 +159,22 @@ def test_rows_of_a_template_that_is_not_the_tokenizers_are_refused(small, tmp_pa
     words = ["rows", small.config("jsonl")["path"], "--tokenizer", str(tmp_path), "--template", "qwen2"]
     with pytest.raises(ValueError, match="choose the template that belongs to this tokenizer"):
         call(capsys, *words)
+
+
+def test_conversations_are_inspected_and_converted_with_all_their_images(small, tmp_path, capsys):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "assistant", "value": "both"}]
+    paths = [str(small.folder / f"images/{i:03d}.png") for i in range(3)]
+    lines = [
+        {"image": paths, "conversations": turns},
+        {"conversations": turns},
+        {"image": "none.png", "conversations": []},
+    ]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = json.dumps({"name": "conversations", "path": str(tmp_path / "talks.jsonl")})
+    code, result = call(capsys, "inspect", source, "--sheet", str(tmp_path / "sheet.png"))
+    assert code == 1 and result["read"] == 3 and result["bad"] == 1 and result["captions"] == ["Which? / both"] * 2
+    assert decode(tmp_path / "sheet.png").width > 3 * 100
+    code, result = call(capsys, "convert", source, str(tmp_path / "out"), "--skip-bad")
+    assert code == 0 and result["written_records"] == 2 and result["left_out"] == 1
+    copied = sources.create({"name": "array_record", "path": str(tmp_path / "out")})
+    assert copied[0] == {"image": small.images[:3], "conversations": turns} and copied[1] == {"conversations": turns}

@@ -192,6 +192,8 @@ def test_a_record_becomes_bytes_and_back():
         "mask": b"xyz",
     }
     assert decode_record(encode_record(record)) == record
+    several = {"image": [b"12", b"", b"345"], "n": 1, "label": [], "words": ["a"]}
+    assert decode_record(encode_record(several)) == several
 
 
 @pytest.mark.parametrize(
@@ -498,3 +500,31 @@ def test_a_tar_of_videos_gives_their_bytes_only_when_asked(tmp_path):
     assert isinstance(source, sources.WebDataset)
     assert source[0] == {"human_caption": "a film", "video": b"film"}
     assert source.fields(0) == {"human_caption": "a film"}
+
+
+def test_conversations_have_one_image_several_a_video_or_none(tmp_path):
+    lines = [
+        {"image": "a.png"},
+        {"image": ["a.png", "/b/c.png"]},
+        {"video": "gs://bucket/d.mp4"},
+        {"conversations": []},
+    ]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"image": 3}, {"image": ["a.png", ""]}])))
+    source = create({"name": "conversations", "path": str(tmp_path / "talks.jsonl"), "root": "/root"})
+    assert [source[i] for i in range(4)] == [
+        {"image": "/root/a.png"},
+        {"image": ["/root/a.png", "/b/c.png"]},
+        {"video": "gs://bucket/d.mp4"},
+        {"conversations": []},
+    ]
+    with pytest.raises(BadRecord, match=r"talks.jsonl record 4: the image is 3; wanted a path"):
+        source[4]
+    with pytest.raises(BadRecord, match=r"record 5: the path in `image` is ''; wanted a path"):
+        source[5]
+
+
+def test_packed_images_may_have_a_name_of_their_own(small, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"i": 5, "question": "?"}\n{"i": 5, "question": "!"}\n')
+    images = str(small.folder / "packed.npz")
+    source = create({"name": "packed", "path": str(tmp_path / "questions.jsonl"), "images": images})
+    assert [source[i]["image"] for i in range(2)] == [small.images[5]] * 2
