@@ -253,10 +253,19 @@ class Kernel:
     def of(cls, one: hlo.Instruction) -> "Kernel | None":
         told = re.search(r'"cost_estimate":\{([^}]*)\}', one.rest)
         if not told:
-            return None
+            return cls._splash(one) if one.name.startswith("splash_mqa") else None
         figures = {name: float(n) for name, n in re.findall(r'"(\w+)":"?(\d+)', told[1])}
         width = re.search(r"_h(\d+)", one.name)
         return cls(figures.get("flops", 0), figures.get("transcendentals", 0), int(width[1]) if width else 0)
+
+    @classmethod
+    def _splash(cls, one: hlo.Instruction) -> "Kernel":
+        """JAX's causal kernel, whose author told nothing: of its queries and keys, the blocks up to the diagonal."""
+        operands = one.rest.partition("operand_layout_constraints={")[2].partition("}}")[0]
+        *heads, length, dim = next(shape for _, shape, _ in hlo.arrays(operands) if len(shape) >= 4)
+        block = int(found[1]) if (found := re.search(r"block_q(?:_dkv)?\W+(\d+)", one.rest)) else 0
+        pairs = math.prod(heads) * length * (length + block) / 2
+        return cls(2 * pairs * dim * (5 if "dkv" in one.name else 2), pairs, dim)
 
     def seconds(self, chip: Chip, moved: float, reading: str) -> float:
         """Matrix work in whole tiles and bytes; but for the roofline, then the vector work on each logit, one after

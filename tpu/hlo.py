@@ -111,6 +111,8 @@ class Program:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", None
         self._frames = _Frames(text)
+        # What a kernel's author notes about it stands on a line of its own, and the instruction goes on behind it.
+        text = re.sub(r'\n("[^\n]*")?\n?\}\}, ', r"\1}}, ", text)
         for line in text.splitlines():
             if (header := _COMPUTATION.match(line)) and not line.startswith(" "):
                 current = self.computations.setdefault(header[2], {})

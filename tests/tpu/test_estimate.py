@@ -101,3 +101,17 @@ def test_a_kernel_takes_what_its_author_told_and_the_pessimist_doubles_it():
 def test_a_chip_that_nothing_is_known_of_is_refused():
     with pytest.raises(ValueError, match=r"nothing is known of 'TPU v99'; tpu/chips.py knows TPU v4"):
         chips.of([type("Device", (), {"device_kind": "TPU v99"})()])
+
+
+def test_the_decoders_causal_kernel_multiplies_the_blocks_up_to_the_diagonal():
+    shapes = "s8[1,1,1]{2,1,0}, bf16[3,4,2,1024,64]{4,3,2,1,0}, bf16[3,4,1024,64]{3,2,1,0}"
+    notes = 'frontend_attributes={kernel_metadata={"xprof_metadata":"{\\"block_q\\": 256}"}}'
+
+    def kernel(name):
+        call = f"%{name} = {SQUARE} custom-call(%a, %b), operand_layout_constraints={{{shapes}}}, {notes}"
+        return estimate(program(*INPUTS, call), RING).kernel_flops
+
+    pairs = 3 * 4 * 2 * 1024 * (1024 + 256) / 2
+    assert kernel("splash_mqa_fwd_residuals.1") == 2 * pairs * 64 * 2
+    assert kernel("splash_mqa_dkv_no_residuals.1") == 2 * pairs * 64 * 5
+    assert kernel("other.1") == 0

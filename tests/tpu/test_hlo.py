@@ -189,3 +189,10 @@ StackFrames
     program = hlo.Program(text)
     assert program.source(program.computations["main"]["sum.1"]) == "pe_jax/models/layers.py:83"
     assert program.source(program.computations["main"]["sum.2"]) == "the compiler's own"
+
+
+def test_an_instruction_with_its_authors_notes_on_lines_of_their_own_does_not_end_its_computation():
+    line = "  %w = bf16[5,7]{1,0} constant({...})"
+    noted = f'{line}, frontend_attributes={{kernel_metadata={{\n"note":"{{5}}"\n}}}}, metadata={{}}'
+    text = TEXT.replace(line, noted)
+    assert text != TEXT and hlo.Program(text).total_flops() == hlo.Program(TEXT).total_flops()
