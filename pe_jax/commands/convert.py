@@ -1,16 +1,20 @@
-"""Convert weights between Orbax, Meta's, timm's and open_clip's layouts, without PyTorch, checked byte for byte.
+"""Convert weights between Orbax and other libraries' layouts, without PyTorch, checked byte for byte.
 
   pe-jax convert PE-Core-L14-336.pt weights/L14 --to orbax
   pe-jax convert runs/mine mine.safetensors --to meta
   pe-jax convert PE-Core-B16-224 timm_b16.pt --to timm
   pe-jax convert PE-Spatial-L14-448.pt l14.safetensors --to timm --model PE-Spatial-L14-448 --json
   pe-jax convert runs/lang PE-Lang-G14-448.safetensors --to meta --model PE-Lang-G14-448
+  pe-jax convert runs/lang Perception-LM-mine/ --to hf
 
 SRC is a .pt or .safetensors file (or folder of shards) of any layout, an Orbax weights directory, the workdir of a
-run, a released name, or an hf:// or gs:// address. Of a vision-language model, ours, transformers' Perception-LM or
-PLM's consolidated.pth, the vision tower is taken. The suffix of DST, .pt or .safetensors, says which file to write;
+run, a released name, or an hf:// or gs:// address. The suffix of DST, .pt or .safetensors, says which file to write;
 with --to orbax it is a directory. timm holds the vision tower alone. Types are kept between Orbax and files; PyTorch
-files are read into float32. Of a vision-language model the tower is kept, which is what its training was for.
+files are read into float32.
+
+Of a vision-language model, a run's, transformers' Perception-LM or PLM's consolidated.pth, the tower is kept, which is
+what its training was for. The whole model is written by --to hf, a folder for transformers, and --to plm, one for PLM's
+own programs; neither has a tokenizer.
 """
 
 import argparse
@@ -19,11 +23,15 @@ from typing import Any
 
 from etils import epath
 
+_WHOLE = {"hf": "hf", "plm": "meta"}  # of vision-language models: our word, and the layout's name in `convert.vlm`
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="file, directory, released name, hf:// or gs:// address")
-    parser.add_argument("destination", metavar="DST", help="the .pt or .safetensors file, or Orbax directory, to write")
-    parser.add_argument("--to", required=True, choices=("orbax", "meta", "timm", "open_clip"), help="layout of DST")
+    parser.add_argument("destination", metavar="DST", help="the .pt or .safetensors file, or the directory, to write")
+    parser.add_argument(
+        "--to", required=True, choices=("orbax", "meta", "timm", "open_clip", *_WHOLE), help="layout of DST"
+    )
     parser.add_argument("--model", metavar="NAME", help="released name, where SRC does not say which model it is")
     parser.add_argument(
         "--resample-position", action="store_true", help="resample a position embedding of another grid (bilinear)"
@@ -39,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
     destination = paths.path(args.destination)
     _check(destination, args.to)
+    if args.to in _WHOLE:
+        return _write_whole(args, destination)
     params, config, layout, model, record = _read(args)
     if model is not None:
         record = {"model": model} | record
@@ -85,12 +95,49 @@ def _check(destination: epath.Path, to: str) -> None:
     if to != "orbax" and paths.is_bucket(destination):
         raise ValueError(f"{destination}: a file is written on this machine; give a path here, and copy it from there.")
     paths.reach(destination)
-    if to != "orbax" and destination.suffix not in weights.SUFFIXES:
+    directory = to == "orbax" or to in _WHOLE
+    if not directory and destination.suffix not in weights.SUFFIXES:
         raise ValueError(f"{destination}: with --to {to} the suffix must be one of {', '.join(weights.SUFFIXES)}.")
-    if to == "orbax" and destination.suffix in weights.SUFFIXES:
-        raise ValueError(f"{destination}: --to orbax writes a directory; drop the suffix {destination.suffix}.")
-    if to == "orbax" and destination.exists():
+    if directory and destination.suffix in weights.SUFFIXES:
+        raise ValueError(f"{destination}: --to {to} writes a directory; drop the suffix {destination.suffix}.")
+    if directory and destination.exists():
         raise ValueError(f"{destination} exists; choose another name or delete it first.")
+
+
+def _write_whole(args: argparse.Namespace, destination: epath.Path) -> int:
+    """A vision-language model into a folder that other programs read."""
+    from pe_jax import checkpoint, hub
+    from pe_jax.convert import pe, vlm
+    from pe_jax.models import zoo
+    from pe_jax.models.vlm import VLMConfig
+
+    path = hub.resolve(args.source, offline=args.offline)
+    asked = zoo.architecture(args.model) if args.model else None
+    if not (asked is None or isinstance(asked, VLMConfig)):
+        raise ValueError(f"--model {args.model} has no decoder; --to {args.to} wants one of {', '.join(zoo.VLMS)}.")
+    if checkpoint.is_checkpoint(path):
+        params, found = checkpoint.load_weights(path)
+        config = asked or zoo.architecture(found["architecture"])
+        if not isinstance(config, VLMConfig):
+            raise ValueError(f"{args.source} has no decoder; --to {args.to} is for vision-language models.")
+    else:
+        config, params = vlm.read(path, asked, dtype=None)
+    layout = _WHOLE[args.to]
+    vlm.write(destination, params, config, layout)
+    written, back = (dict(pe.parameters(tree)) for tree in (params, vlm.read(destination, config, dtype=None)[1]))
+    differing = [name for name in written.keys() | back.keys() if not _same(written.get(name), back.get(name))]
+    if differing:
+        raise ValueError(f"{destination} does not hold what was written to it: {', '.join(sorted(differing)[:10])}.")
+    total = _total(written)
+    if args.json:
+        report = {"source": args.source, "destination": str(destination), "to": args.to, "total": total}
+        print(json.dumps(report | {"model": args.model, "verified": True}, indent=2))
+    else:
+        print(
+            f"Verified: {destination} read back, {total['parameters']:,} parameters and {total['bytes']:,} bytes equal."
+        )
+        print("Its programs want the tokenizer's files beside the weights.")
+    return 0
 
 
 def _read(args: argparse.Namespace) -> tuple[Any, Any, str, str | None, dict[str, Any]]:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pe_jax import cli, sharding
+from pe_jax import checkpoint, cli, sharding
 from pe_jax.convert import pe, vlm, weights
 from pe_jax.models import zoo
 from pe_jax.models.decoder import DecoderConfig, RopeScaling
@@ -237,3 +237,31 @@ def test_pe_jax_convert_takes_the_tower_out_of_a_whole_model(tmp_path, capsys, l
     alone, want = vlm.tower(config, params(config))
     assert zoo.architecture(weights.read_metadata(tmp_path / "lang.pt")["architecture"]) == alone
     shrunken.assert_same(pe.to_params(weights.read(tmp_path / "lang.pt"), alone, "meta"), want)
+
+
+def test_pe_jax_convert_writes_a_trained_model_for_other_programs(tmp_path, capsys):
+    checkpoint.save_weights(tmp_path / "run", params(TIED), {"architecture": zoo.to_dict(TIED)})
+    for to in ("hf", "plm"):
+        assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / to), "--to", to]) == 0
+        assert "Verified" in capsys.readouterr().out
+        shrunken.assert_same(vlm.read(tmp_path / to, TIED)[1], params(TIED))
+    assert vlm.read_config(tmp_path / "hf") == TIED
+    assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "again"), "--to", "plm", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["parameters"] == zoo.count(params(TIED))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["x.pt"], "--to hf writes a directory; drop the suffix .pt"),
+        (["run"], "exists; choose another name"),
+        (["new"], "has no decoder; --to hf is for vision-language models"),
+        (["new", "--model", "PE-Core-L14-336"], "has no decoder; --to hf wants one of PLM-1B"),
+    ],
+)
+def test_pe_jax_convert_refuses_to_make_a_whole_model_of_a_tower(tmp_path, capsys, more, message):
+    tower, ours = vlm.tower(TIED, params(TIED))
+    checkpoint.save_weights(tmp_path / "run", ours, {"architecture": zoo.to_dict(tower)})
+    name, *model = more
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / name), "--to", "hf", *model]) == 2
+    assert message in capsys.readouterr().err
