@@ -97,13 +97,10 @@ def load_assistant(args: argparse.Namespace) -> Any:
     from pe_jax import assistant
 
     devices = jax.local_devices()
+    given = {name: getattr(args, name, None) for name in ("tokenizer", "template", "image_size", "max_tiles", "frames")}
     return assistant.load(
         args.model,
-        tokenizer=args.tokenizer,
-        template=args.template,
-        image_size=args.image_size,
-        max_tiles=args.max_tiles,
-        frames=args.frames,
+        **given,
         dtype=args.dtype,
         mesh=pe_jax.make_mesh(None, devices) if len(devices) > 1 else None,
         offline=args.offline,
