@@ -7,6 +7,7 @@ from typing import Any
 
 from pe_jax import evals, paths
 from pe_jax.evals.inference import Model
+from pe_jax.evals.vlm import Speaker
 
 
 def read_config(spec: str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def read_config(spec: str) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Model,
+    model: Model | Speaker,
     configs: Mapping[str, Mapping[str, Any]],
     only: Iterable[str] = (),
     note: Callable[[str], None] = lambda text: None,

@@ -4,6 +4,7 @@
   pe-jax evaluate --model PE-Core-B16-224 --config experiments/digits.py --only zero_shot --json
   pe-jax evaluate --model PE-Core-L14-336 --suite core_image --data DATA --out results/l14
   pe-jax evaluate --model runs/mine --suite core_image --data DATA --only IN COCO
+  pe-jax evaluate --model Perception-LM-1B/ --suite vlm --data DATA --out results/plm
 
 Without --config or --suite, the config that a run's workdir was trained with is taken. A suite is one of the
 package, or a file of your own; docs/evaluation.md tells where each data set is looked for. With --out the tables are
@@ -14,8 +15,9 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
-from pe_jax.commands import add_model_arguments, load_model
+from pe_jax.commands import add_model_arguments, load_assistant, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from pe_jax import evaluate
 
     config = evaluate.read_config(args.config or args.model)
-    model = load_model(args, config.get("mesh"))
+    chosen = [own for name, own in config.get("evals", {}).items() if not args.only or name in args.only]
+    model = _model(args, chosen, config.get("mesh"))
     found = evaluate.evaluate(model, config.get("evals", {}), args.only, note=lambda text: print(text, file=sys.stderr))
     if args.json:
         print(json.dumps(found, indent=2))
@@ -56,6 +59,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _model(args: argparse.Namespace, evaluators: list[Any], mesh_shape: Any = None) -> Any:
+    """The model that the evaluators want: one that answers, or a tower, alone or with its text tower."""
+    talks = [evaluator.get("name") == "vlm" for evaluator in evaluators]
+    if not any(talks):
+        return load_model(args, mesh_shape)
+    if not all(talks):
+        raise ValueError("some evaluators ask a language model and some do not; choose either kind with --only.")
+    if args.weights:
+        raise ValueError("--weights is for towers; a model that answers is found by --model alone.")
+    return load_assistant(args)
+
+
 def _suite(args: argparse.Namespace) -> int:
     import jax
 
@@ -66,7 +81,7 @@ def _suite(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1.")
     suite = suites.load(args.suite)  # before the model, which takes longer to find wrong
-    model = load_model(args)
+    model = _model(args, [dataset.evaluator for dataset in suite.datasets])
     results = suites.run(
         model,
         suite,

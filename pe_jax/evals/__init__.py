@@ -16,7 +16,7 @@ from pe_jax.evals.retrieval import Retrieval
 from pe_jax.evals.segmentation import Segmentation
 from pe_jax.evals.tracking import Tracking
 from pe_jax.evals.video import VideoRetrieval, VideoZeroShot
-from pe_jax.evals.vlm import Answers
+from pe_jax.evals.vlm import Answers, Speaker
 from pe_jax.evals.zero_shot import ZeroShot
 
 __all__ = [
@@ -61,9 +61,12 @@ _OF_THE_LOOP = ("name", "every_steps")  # when to run it is the training loop's 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Scores a model, whose parameters may lie on any mesh; every process calls it and gets the same numbers."""
+    """Scores a model, whose parameters may lie on any mesh; every process calls it and gets the same numbers.
 
-    def __call__(self, model: Model) -> dict[str, float]: ...
+    "vlm" wants a model that answers (`pe_jax.assistant`), all others a tower, alone or with its text tower.
+    """
+
+    def __call__(self, model: Model | Speaker) -> dict[str, float]: ...
 
 
 def fields(name: str) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ def test_the_averages_that_the_paper_prints_are_plain_means_of_its_columns(name)
     report = suites.Report(own, "ours", [])
     for row in own.published.values():
         for average, mean in report.averages(row).items():
-            assert row[average] == pytest.approx(mean, abs=0.0501)  # rounded
+            assert row[average] == pytest.approx(mean, abs=0.1001)  # rounded, as its columns are
 
 
 def test_a_row_with_columns_missing_has_no_average():
