@@ -53,7 +53,7 @@ class Language:
 
     @property
     def parts(self) -> dict[str, Any]:
-        return {"vision": "model", "decoder": self.arch.decoder, "model": "model"}
+        return {"vision": "model", "decoder": self.arch.decoder, "model": self.arch}
 
     def build(self, rngs: nnx.Rngs) -> VLM:
         return VLM(self.arch, rngs=rngs)

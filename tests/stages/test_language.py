@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from experiments import align_language
-from pe_jax import checkpoint, sharding, train
+from pe_jax import checkpoint, initial, sharding, train
 from pe_jax.convert import decoder as decoder_files
+from pe_jax.convert import vlm as vlm_files
 from pe_jax.models import zoo
 from pe_jax.stages import Language
 from pe_jax.types import split
@@ -249,6 +250,15 @@ def warmed(folder):
     config = small("warmup,3B", folder, init={"vision": str(folder / "tower"), "decoder": str(folder / "decoder")})
     assert train.train(config, workdir) == 0
     return workdir
+
+
+def test_a_run_may_start_from_a_model_in_the_layout_of_transformers(folder):
+    params = made(ARCH, 4)[1]
+    vlm_files.write(folder / "plm", params, ARCH, "hf")
+    config, got = initial.read(str(folder / "plm"), ARCH, sharding.make_mesh({"data": 2, "fsdp": 4}))
+    assert (config.decoder.width, config.pooling) == (ARCH.decoder.width, ARCH.pooling)
+    same(got, params, 1e-9)
+    assert "fsdp" in str(got["decoder"]["embedding"].sharding.spec)
 
 
 def test_a_warm_up_starts_from_released_weights_and_moves_the_projector_alone(folder, warmed):
