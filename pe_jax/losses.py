@@ -300,7 +300,7 @@ def _local_next_token(
     return (_over(lax.psum, loss, axes), _over(lax.psum, right, axes)), (by_hidden, by_table)
 
 
-def token_cosine(student: Float[Array, "B N D"], teacher: Float[Array, "_ _ _"]) -> Float[Array, ""]:
+def token_cosine(student: Float[Array, "B N D"], teacher: Float[Array, "_ _ _"]) -> Float[Array, "B"]:
     """Direct distillation: minus the cosine between each token and the teacher's at its place, mean over all tokens.
 
     Args:
@@ -308,7 +308,7 @@ def token_cosine(student: Float[Array, "B N D"], teacher: Float[Array, "_ _ _"])
       teacher: [B, N, D] tokens to be like; no gradient reaches them.
 
     Returns:
-      The loss [] in [-1, 1]; -1 where all tokens point the teacher's way.
+      The loss [B] of each image in [-1, 1]; -1 where all tokens point the teacher's way.
 
     Raises:
       ValueError: if the shapes differ.
@@ -317,7 +317,7 @@ def token_cosine(student: Float[Array, "B N D"], teacher: Float[Array, "_ _ _"])
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student tokens {student.shape} and teacher tokens {teacher.shape} must both be [B, N, D].")
-    return -jnp.mean(jnp.sum(_directions(student) * lax.stop_gradient(_directions(teacher)), -1))
+    return -jnp.mean(jnp.sum(_directions(student) * lax.stop_gradient(_directions(teacher)), -1), 1)
 
 
 def token_pairs(
@@ -326,10 +326,10 @@ def token_pairs(
     *,
     temperature: float | None = None,
     chunk: int = 256,
-) -> Float[Array, ""]:
+) -> Float[Array, "B"]:
     """Pairwise distillation: the cosines of all pairs of an image's tokens are drawn to those the teacher has.
 
-    The mean over images and N² pairs (i, j) of (Y - X')², Y the student's cosine of tokens i and j, X the teacher's,
+    The mean over N² pairs (i, j) of (Y - X')², Y the student's cosine of tokens i and j, X the teacher's,
     and X' = exp(temperature · (X - 1)), or X itself. Widths need not agree, and what turns or stretches all tokens
     alike changes nothing.
 
@@ -343,7 +343,7 @@ def token_pairs(
       chunk: tokens of an image at a time, 4·chunk·N bytes an image; it need not divide N.
 
     Returns:
-      The loss [].
+      The loss [B] of each image.
 
     Raises:
       ValueError: if the numbers of images or tokens differ, or `chunk` or `temperature` is not positive.
@@ -372,7 +372,7 @@ def _token_pairs_forward(student: Array, teacher: Array, temperature: float | No
 
 
 def _token_pairs_backward(temperature: float | None, chunk: int, by_student: Array, by_loss: Array) -> Any:
-    return (by_loss * by_student).astype(by_student.dtype), None
+    return (by_loss[:, None, None] * by_student).astype(by_student.dtype), None
 
 
 _token_pairs.defvjp(_token_pairs_forward, _token_pairs_backward)
@@ -381,7 +381,7 @@ _token_pairs.defvjp(_token_pairs_forward, _token_pairs_backward)
 def _compare_pairs(
     student: Array, teacher: Array, temperature: float | None, chunk: int, *, wanted: bool
 ) -> tuple[Array, Array | None]:
-    """The loss, and its gradient by the student's unit tokens where wanted."""
+    """The loss of each image, and its gradient by the student's unit tokens where wanted."""
     images, tokens = student.shape[:2]
 
     def cut(x: Array) -> Array:
@@ -400,17 +400,18 @@ def _compare_pairs(
             wished = jnp.exp(temperature * (wished - 1))
         real = (first + jnp.arange(chunk) < tokens)[:, None]
         off = jnp.where(real, cosines(own, student) - wished, 0)  # [B, chunk, N]
-        total += jnp.sum(off * off)
+        total += jnp.sum(off * off, (1, 2))
         if not wanted:
             return total, None
         off = off.astype(student.dtype)
         exact = lax.Precision.HIGHEST if student.dtype == jnp.float32 else None
         by_own = jnp.einsum("bij,bjd->bid", off, student, precision=exact, preferred_element_type=jnp.float32)
-        return total, (by_own * (4 / (images * tokens**2))).astype(student.dtype)
+        return total, (by_own * (4 / tokens**2)).astype(student.dtype)
 
     starts = jnp.arange(0, tokens, chunk)
-    total, by_rows = lax.scan(step, jnp.zeros((), jnp.float32), (cut(student), cut(teacher), starts))
-    loss = total / (images * tokens**2)
+    empty = constrain(jnp.zeros(images, jnp.float32), "batch")
+    total, by_rows = lax.scan(step, empty, (cut(student), cut(teacher), starts))
+    loss = total / tokens**2
     if by_rows is None:
         return loss, None
     by_student = jnp.swapaxes(by_rows, 0, 1).reshape(images, -1, student.shape[-1])[:, :tokens]

@@ -14,9 +14,11 @@ from flax import nnx
 from pe_jax.models import zoo
 from pe_jax.stages.contrastive import Contrastive
 from pe_jax.stages.language import Language
+from pe_jax.stages.spatial import Spatial
+from pe_jax.stages.unified import Unified
 from pe_jax.types import Batch, Inputs, Key, Metrics, Params
 
-__all__ = ["Contrastive", "Language", "Stage", "create"]
+__all__ = ["Contrastive", "Language", "Spatial", "Stage", "Unified", "create"]
 
 
 @runtime_checkable
@@ -67,7 +69,12 @@ class Stage(Protocol):
         ...
 
 
-_STAGES: dict[str, type[Any]] = {"contrastive": Contrastive, "language": Language}
+_STAGES: dict[str, type[Any]] = {
+    "contrastive": Contrastive,
+    "language": Language,
+    "spatial": Spatial,
+    "unified": Unified,
+}
 
 
 def create(config: Mapping[str, Any]) -> Stage:
