@@ -394,7 +394,7 @@ class _Stream:
 
     def _stored(self, image: Any, where: str) -> np.ndarray:
         """The pixels that a teacher saw."""
-        pixels = np.array(_named(decode, where, image).convert("RGB"))
+        pixels = _named(lambda image: np.array(decode(image).convert("RGB")), where, image)
         if pixels.shape[:2] != self.size:
             raise sources_lib.BadRecord(
                 f"{where}: the teacher saw {pixels.shape[0]} x {pixels.shape[1]} pixels, and the phase has image_size="
