@@ -72,7 +72,8 @@ def forward(
         images = inference.normalized(pixels, preprocess)
         found: dict[str, Any]
         if what == "embedding":
-            found = {"embedding": model.encode_image(images) if isinstance(model, CLIP) else model(images)}
+            encode = model.encode_image if isinstance(model, CLIP) else inference.vision_tower(model)
+            found = {"embedding": encode(images)}
             own: dict[str, jax.Array] = {}
         else:
             tower = inference.vision_tower(model)

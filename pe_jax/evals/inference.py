@@ -24,15 +24,16 @@ from pe_jax.data.image import Preprocess
 from pe_jax.data.text import Tokenizer
 from pe_jax.models.clip import CLIP
 from pe_jax.models.vision import VisionTower
+from pe_jax.models.vlm import VLM
 from pe_jax.types import split
 
-Model = CLIP | VisionTower
+Model = CLIP | VisionTower | VLM
 THREADS = 8  # Pillow decodes outside the interpreter lock
 
 
 def vision_tower(model: Model) -> VisionTower:
-    """The vision tower: of a CLIP, or the model itself."""
-    return model.vision if isinstance(model, CLIP) else model
+    """The vision tower: of a model that has more, or the model itself."""
+    return model if isinstance(model, VisionTower) else model.vision
 
 
 def require_text(model: Model, purpose: str) -> CLIP:
