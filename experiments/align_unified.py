@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = "3B") -> ConfigDict:
     size, *rest = arg.split(",")
-    given = dict(word.partition("=")[::2] for word in rest)
+    given: dict[str, str] = {name: value for name, _, value in (word.partition("=") for word in rest)}
     own = {name: given.pop(name) for name in ("teacher", "sam", "balance") if name in given}
     teacher, spatial = own.get("teacher", "both"), beside("align_spatial")
     if teacher not in ("both", "self", "sam"):
