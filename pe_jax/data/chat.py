@@ -169,9 +169,9 @@ class Vision:
         return (self.image_size // (self.patch_size * self.pooling)) ** 2
 
     @property
-    def most(self) -> int:
-        """The most chunks of one image, or of one video."""
-        return max(self.frames, 1 if self.max_tiles == 1 else 1 + self.max_tiles)
+    def image_chunks(self) -> int:
+        """The most chunks of one image."""
+        return 1 if self.max_tiles == 1 else 1 + self.max_tiles
 
     def count(self, conversation: Conversation) -> int:
         """How many chunks `chunks` gives, from an image's header alone; of a short video it may give fewer."""
@@ -219,6 +219,8 @@ def frame_places(
     last = count - 1 if end is None else min(int(end * fps), count - 1)
     if first > last:
         first, last = last, first
+    elif first == last:
+        last = min(first + 1, count - 1)
     stride = max(1, round(fps))
     places = list(range(first, last + 1, stride)) if fps else []
     if len(places) == frames:
@@ -236,6 +238,8 @@ def _size(image: Image) -> tuple[int, int]:
         return image.size
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
+    if not isinstance(image, (str, os.PathLike, bytes)):
+        raise BadImage(f"image is {type(image).__name__}; wanted a PIL image, path, bytes or uint8 array.")
     local = isinstance(image, (str, os.PathLike)) and not paths.is_bucket(image)
     name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image of {len(image)} bytes"
     try:

@@ -35,10 +35,10 @@ _CONFIG = (
     "frames",
     "pack",
     "samples_per_row",
+    "group",
     "max_bad_records",
     "threads",
 )
-_GROUP = 32  # rows packed together
 _LEFT_OUT = 0.01  # share of records that may find no place in their group's rows, against rows that are less full
 _SAMPLED = 256  # records measured to find how many make a group
 _PROBES = 1000  # records tried in place of a bad one before giving up
@@ -87,6 +87,8 @@ def create(
         pack: whether samples share rows (True); otherwise a row is one sample;
         samples_per_row: how many records a row is dealt on average; by default as many as leave 1% of them without a
           place, by the lengths of the first 256;
+        group: rows packed together (32); a host reads whole groups, so where it has fewer rows of a batch, as many as
+          it has save reading;
         max_bad_records: distinct records this host may replace before it stops (0: the first one is an error);
           conversations that are too long are counted apart, and replaced without a limit;
         threads: readers on this host (8).
@@ -134,6 +136,7 @@ def create(
         first=process_index * rows,
         max_bad=config["max_bad_records"],
         threads=config["threads"],
+        group=config["group"],
     )
     stream.begin(config["samples_per_row"] if config["pack"] else 1.0)
     # A row with all its chunks may take 40 MB, so few are made ahead.
@@ -147,21 +150,26 @@ def _checked(data_config: Any, image_size: int, patch_size: int, pooling: int) -
     needed = ("sources", "tokenizer", "template", "length", "chunks")
     if missing := [key for key in needed if not config.get(key)]:
         raise ValueError(f"data lacks {', '.join(missing)}; conversations need {', '.join(needed)}.")
-    defaults = {"max_tiles": 1, "frames": 8, "pack": True, "samples_per_row": None, "max_bad_records": 0, "threads": 8}
-    config = defaults | config
-    for key in ("length", "chunks", "threads"):
+    defaults = {"max_tiles": 1, "frames": 8, "pack": True, "samples_per_row": None, "group": 32}
+    config = defaults | {"max_bad_records": 0, "threads": 8} | config
+    for key in ("length", "chunks", "group", "threads"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise ValueError(f"data.{key}={config[key]!r} must be a positive integer.")
+    per_row = config["samples_per_row"]
+    if per_row is not None and not (isinstance(per_row, (int, float)) and 1 <= per_row < math.inf):
+        raise ValueError(f"data.samples_per_row={per_row!r} must be a number of at least 1, or None.")
     template(config["template"])
     vision = Vision(image_size, patch_size, pooling, config["max_tiles"], config["frames"])
-    if vision.most > config["chunks"]:
+    # Videos are held to it where `frames` is given: a warm-up on images has no room for any.
+    most = max(vision.image_chunks, vision.frames if "frames" in data_config else 0)
+    if most > config["chunks"]:
         raise ValueError(
-            f"max_tiles={vision.max_tiles} and frames={vision.frames} make up to {vision.most} chunks of one image or"
+            f"max_tiles={vision.max_tiles} and frames={vision.frames} make up to {most} chunks of one image or"
             f" video; a row has room for chunks={config['chunks']}. Raise that, or lower them."
         )
-    if vision.most * vision.tokens >= config["length"]:
+    if most * vision.tokens >= config["length"]:
         raise ValueError(
-            f"{vision.most} chunks of {vision.tokens} tokens leave no room for text in length={config['length']};"
+            f"{most} chunks of {vision.tokens} tokens leave no room for text in length={config['length']};"
             " raise it, or lower max_tiles, frames or image_size."
         )
     return config, vision
@@ -223,7 +231,7 @@ class Loader(pipeline.Loader):
     @property
     def samples_per_row(self) -> float:
         """Records dealt to a row, on average."""
-        return self._stream.window / _GROUP
+        return self._stream.window / self._stream.group
 
     @property
     def too_long(self) -> dict[str, int]:
@@ -232,7 +240,7 @@ class Loader(pipeline.Loader):
             return {source.name: len(self._stream.long[i]) for i, source in enumerate(self._stream.sources)}
 
     def survey(self, groups: int = 8) -> dict[str, float]:
-        """What the first groups of 32 rows hold, found without decoding an image.
+        """What the first groups of rows hold, found without decoding an image.
 
         Returns:
           `rows` looked at; `samples` a row; shares of their `tokens` places that are taken, of which `visual` are
@@ -288,6 +296,7 @@ class _Rows:
     first: int
     max_bad: int
     threads: int
+    group: int
 
     def __post_init__(self):
         self.lock = threading.Lock()
@@ -300,12 +309,12 @@ class _Rows:
         weakref.finalize(self, self.pool.shutdown, wait=False, cancel_futures=True)
         self.groups: dict[int, _Group] = {}
         self.ahead = 2 * self.threads
-        self.window = _GROUP
-        self.budget = {"rows": _GROUP, "length": self.length, "room": self.room}
+        self.window = self.group
+        self.budget = {"rows": self.group, "length": self.length, "room": self.room}
 
     def begin(self, samples_per_row: float | None) -> None:
         """Fixes how many records make a group, by packing the first ones if `samples_per_row` is None."""
-        self.window = max(_GROUP, math.floor(_GROUP * (samples_per_row or self._most())))
+        self.window = max(self.group, math.floor(self.group * (samples_per_row or self._most())))
 
     def _most(self) -> float:
         """How many records a row can be dealt with few of them left out."""
@@ -315,7 +324,7 @@ class _Rows:
         rng = np.random.default_rng(self.seed)
         most = 1 / max(tokens.mean() / self.length, chunks.mean() / self.room)
         while most > 1:
-            draws = rng.integers(0, len(found), (4, max(_GROUP, math.floor(_GROUP * most))))
+            draws = rng.integers(0, len(found), (4, max(self.group, math.floor(self.group * most))))
             left = sum(len(pack(tokens[draw], chunks[draw], **self.budget)[1]) for draw in draws)
             if left <= _LEFT_OUT * draws.size:
                 break
@@ -327,8 +336,8 @@ class _Rows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         began = time.perf_counter()
-        group, row = divmod(self._number(int(index)), _GROUP)
-        samples = self._group(group, self._number(int(index) + _GROUP) // _GROUP).rows[row]
+        group, row = divmod(self._number(int(index)), self.group)
+        samples = self._grouped(group, self._number(int(index) + self.group) // self.group).rows[row]
         made = self._row(samples)
         with self.lock:
             self.made += 1
@@ -341,7 +350,7 @@ class _Rows:
         step, row = divmod(index, self.rows)
         return self.start + step * self.batch + self.first + row
 
-    def _group(self, group: int, later: int) -> "_Group":
+    def _grouped(self, group: int, later: int) -> "_Group":
         """A group; the one that is needed later is begun."""
         with self.lock:
             for number in (group, later):
@@ -349,7 +358,7 @@ class _Rows:
                     self.groups[number] = self.groups.pop(number)  # the last used stands last
                 else:
                     self.groups[number] = _Group(self, number)
-            while len(self.groups) > 4 + 2 * self.ahead // min(self.rows, _GROUP):
+            while len(self.groups) > 4 + 2 * self.ahead // min(self.rows, self.group):
                 self.groups.pop(next(iter(self.groups)))
             return self.groups[group]
 
@@ -370,7 +379,7 @@ class _Rows:
                 draw = generator(self.seed, position, stream=1).random()
                 conversation = from_record(source.records[record], where, source.captions, draw)
                 chunks = self.vision.count(conversation)
-                rendered = self._rendered(conversation, chunks)
+                rendered = self._rendered(conversation, chunks, limit=self.length)
             except TooLong:
                 rendered = None
             except (BadImage, BadVideo, BadRecord) as error:
@@ -386,7 +395,7 @@ class _Rows:
                 return sample
         raise ValueError(f"{source.name}: {min(size, _PROBES)} records in a row are of no use, from {chosen} on.")
 
-    def _rendered(self, conversation: Conversation, chunks: int) -> Rendered:
+    def _rendered(self, conversation: Conversation, chunks: int, limit: int) -> Rendered:
         return render(
             conversation,
             self.tokenizer,
@@ -394,7 +403,7 @@ class _Rows:
             chunks=chunks,
             chunk_tokens=self.vision.tokens,
             image_token=self.image_token,
-            limit=self.length,
+            limit=limit,
         )
 
     def _row(self, samples: list[_Sample]) -> dict[str, Any]:
@@ -410,8 +419,8 @@ class _Rows:
         for segment, planned in enumerate(samples, 1):
             sample, pixels = self._decoded(planned, spare)
             rendered = sample.rendered
-            if len(pixels) != sample.chunks:  # a video with fewer frames
-                rendered = self._rendered(sample.conversation, len(pixels))
+            if len(pixels) != sample.chunks:  # a video with fewer frames, where turns left out might fit again
+                rendered = self._rendered(sample.conversation, len(pixels), limit=rendered.length + 2)
             count = rendered.length
             here = slice(at, at + count)
             slots = rendered.slots[:count]
@@ -443,7 +452,7 @@ class _Rows:
 
 
 class _Group:
-    """The samples of 32 rows. Records are read by the stream's pool as soon as a group is made."""
+    """The samples of the rows that are packed together; the stream's pool begins to read them at once."""
 
     def __init__(self, stream: _Rows, number: int):
         self.stream, self.number, self.lock = stream, number, threading.Lock()
@@ -463,7 +472,8 @@ class _Group:
                     **stream.budget,
                 )
                 # Largest first as they were dealt, rows would make uneven batches.
-                order = [pipeline.permute(row, _GROUP, (stream.seed, self.number, _GROUP)) for row in range(_GROUP)]
+                shuffle = (stream.seed, self.number, stream.group)
+                order = [pipeline.permute(row, stream.group, shuffle) for row in range(stream.group)]
                 self._rows, self.found = [[samples[i] for i in dealt[row]] for row in order], []
                 with stream.lock:
                     stream.left += len(left)

@@ -211,7 +211,7 @@ def test_one_image_is_tiled_and_several_are_a_chunk_each():
     np.testing.assert_array_equal(vision.chunks(three), [tiles.whole(image, 16) for image in images])
     assert vision.chunks(none).shape == (0, 16, 16, 3)
     assert [vision.count(said) for said in (one, three, none)] == [len(vision.chunks(s)) for s in (one, three, none)]
-    assert Vision(16, 4, 2).chunks(one).shape == (1, 16, 16, 3) and vision.tokens == 4 and vision.most == 8
+    assert Vision(16, 4, 2).chunks(one).shape == (1, 16, 16, 3) and vision.tokens == 4 and vision.image_chunks == 7
 
 
 def test_an_images_chunks_are_counted_without_decoding_it(tmp_path):
@@ -246,6 +246,7 @@ def test_frames_are_one_a_second_thinned_out_or_all_there_are():
     assert chat.frame_places(9, 0, 3) == [0, 4, 8]  # a folder of pictures has no rate
     assert chat.frame_places(100, 25, 8, 3, 1) == chat.frame_places(100, 25, 8, 1, 3)
     assert chat.frame_places(100, 25, 3, 90, 99) == [99]
+    assert chat.frame_places(100, 25, 3, 2, 2) == [50, 51]
 
 
 @pytest.mark.parametrize(

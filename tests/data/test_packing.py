@@ -256,6 +256,8 @@ def test_a_source_of_nothing_but_long_records_is_an_error(damaged):
         ({"length": 20}, "5 chunks of 4 tokens leave no room for text in length=20"),
         ({"length": 0}, "data lacks length"),
         ({"chunks": 2.5}, "data.chunks=2.5 must be a positive integer"),
+        ({"frames": 13}, "frames=13 make up to 13 chunks"),
+        ({"samples_per_row": 0.5}, "data.samples_per_row=0.5 must be a number of at least 1"),
         ({"tile": 3}, "data has no 'tile'; its keys are"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json does not exist"),
         ({"sources": []}, "data lacks sources"),
@@ -269,6 +271,29 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_read(folder, c
 def test_an_image_token_that_texts_use_is_refused(folder):
     with pytest.raises(ValueError, match=r"image_token=7 is b.* wanted a special token, such as \('<\|begin_of_text"):
         data.create("chat", config(folder), batch_size=8, seed=0, **SHAPE | {"image_token": 7})
+
+
+def test_a_short_videos_row_does_not_run_over_where_its_fewer_frames_let_more_turns_fit(tmp_path):
+    vocabularies.llama(tmp_path)
+    (tmp_path / "short.mp4").write_bytes(films.film(count=2))
+    turns = [{"from": role, "value": text} for role, text in (("human", "?"), ("assistant", "no " * 18)) * 6]
+    (tmp_path / "films.jsonl").write_text(json.dumps({"video": "short.mp4", "conversations": turns}))
+    source = {"name": "conversations", "path": str(tmp_path / "films.jsonl")}
+    made = config(tmp_path, length=244, frames=12, samples_per_row=1) | {"sources": [source]}
+    (batch,) = take(made, 1)
+    tokens = (batch["segments"] > 0).sum(1)
+    with data.create("chat", made, batch_size=8, seed=3, **SHAPE) as loader:
+        planned = loader.survey(1)["tokens"] * 244
+    said = from_record({"conversations": turns}, "it")
+    tokenizer, sizes = tokenizers.load(str(tmp_path)), {"chunk_tokens": 4, "image_token": IMAGE}
+    alone = render(said, tokenizer, TEMPLATES["llama3"], chunks=2, limit=244, **sizes)
+    assert (tokens <= planned).all() and alone.length > planned
+
+
+def test_smaller_groups_are_other_rows_and_as_resumable(folder, whole):
+    rows = take(config(folder, group=8), 4)
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(rows, whole, strict=False))
+    assert_same(take(config(folder, group=8), 2, hosts=2, start=16), rows[2:])
 
 
 def test_a_short_video_takes_fewer_chunks_than_it_was_reserved(tmp_path):
