@@ -186,6 +186,7 @@ class Work:
             transform=task.transform(steps),
             mesh=self._mesh,
             seed=task.seed,
+            large=True,
             watch=watched if watch is not None else None,
         )
         losses = fitted.losses[-1]

@@ -2,15 +2,15 @@
 
 A head is what a probe trains on a layer's features, such as a linear classifier. Heads do not see each other: each
 starts alike, meets the same batches, and becomes what it would have become alone. They are stacked, [Y, R, ...] for Y
-layers and R rates, and on a mesh the stack is cut over all devices.
+layers and R rates, and on a mesh the stack is cut over all devices. Of large heads a device updates one layer's after
+the other's, so that it holds the gradients and activations of one layer at a time.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,25 @@ Tree = Any  # of arrays
 Head = tuple[Tree, Tree]  # parameters, and state that is not trained, such as running averages ({} where there is none)
 
 
-@dataclasses.dataclass(frozen=True)
 class Fitted:
     """Trained heads.
 
     Attributes:
-      params, state: of all heads, leaves [Y, R, ...].
       losses: [T, Y, R] before each of the T updates; not finite where a rate was too high.
-      mesh: the mesh that the heads were trained on.
     """
 
-    params: Tree
-    state: Tree
-    losses: Float[np.ndarray, "T Y R"]
-    mesh: Mesh | None = None
+    def __init__(self, turns: Sequence[Head], losses: Float[np.ndarray, "T Y R"], placement: "_Placement"):
+        self.losses, self._turns, self._placement = losses, turns, placement
+
+    @property
+    def params(self) -> Tree:
+        """Of all heads, leaves [Y, R, ...]."""
+        return self._placement.joined([params for params, _ in self._turns])
+
+    @property
+    def state(self) -> Tree:
+        """Of all heads, leaves [Y, R, ...]."""
+        return self._placement.joined([state for _, state in self._turns])
 
     def apply(self, function: Callable[[Tree, Tree, Tree], Tree], features: Tree) -> Tree:
         """`function(params, state, features)` of one head, for all: leaves [Y, R, ...], on every device.
@@ -47,13 +52,15 @@ class Fitted:
           function: a module-level function (or one that is cached), so that it is compiled once.
           features: leaves [Y, B, ...].
         """
-        heads = _Placement(self.mesh, *self.losses.shape[1:])
+        heads = self._placement
         with heads.context():
-            return _each_head(function, heads.whole)(self.params, self.state, heads.features(features))
+            each, placed = _each_head(function, heads.cut, heads.own, heads.whole), heads.features(features)
+            return heads.joined([each(*head, placed, jnp.uint32(at)) for at, head in enumerate(self._turns)])
 
     def head(self, layer: int, rate: int) -> Head:
         """The parameters and state of one head, by its places along the two axes."""
-        return jax.tree.map(lambda leaf: leaf[layer, rate], (self.params, self.state))
+        at, row = self._placement.place(layer)
+        return jax.tree.map(lambda leaf: leaf[row, rate], self._turns[at])
 
 
 def fit(
@@ -66,6 +73,7 @@ def fit(
     transform: optax.GradientTransformation,
     mesh: Mesh | None = None,
     seed: int = 0,
+    large: bool = False,
     watch: Callable[[int, Fitted], None] | None = None,
 ) -> Fitted:
     """Trains one head for each layer and rate, on batches that all of them share.
@@ -83,6 +91,7 @@ def fit(
         optax.scale_by_learning_rate(schedule))` with a schedule that peaks at 1 does; each head's rate multiplies it.
       mesh: its devices share the heads; None computes where the features are.
       seed: of `init` and of `loss`'s keys, which differ from step to step and are the same for all heads.
+      large: whether a device updates the heads of one layer after the other; by default all in one program.
       watch: called after each update with its number, from 1, and the heads as they are, without losses; the next
         update takes their arrays.
 
@@ -93,25 +102,64 @@ def fit(
         raise ValueError(f"layers={layers} must be at least 1.")
     if not len(rates) or not all(rate > 0 and math.isfinite(rate) for rate in rates):
         raise ValueError(f"rates={tuple(rates)} must be one or more positive numbers, like (0.01, 0.1).")
-    heads = _Placement(mesh, layers, len(rates))
-    begin, update = _programs(init, loss, transform, layers, tuple(rates), heads.own, heads.whole)
+    heads = _Placement(mesh, layers, len(rates), large)
+    begin, update = _programs(init, loss, transform, heads.cut, tuple(rates), heads.own, heads.whole)
     key = jax.random.key(seed)
     with heads.context():
-        carry = begin(key)
+        turns = [begin(key) for _ in range(heads.cut.turns)]
     losses: list[Any] = []
     for step, (features, targets) in enumerate(batches):
         with heads.context():
-            placed = heads.features(features), heads.targets(targets)
-            carry, value = update(carry, *placed, key, jnp.uint32(step))
-        losses.append(value)
+            placed, values = (heads.features(features), heads.targets(targets)), []
+            for at, carry in enumerate(turns):
+                turns[at], value = update(carry, *placed, key, jnp.uint32(step), jnp.uint32(at))
+                values.append(value)
+        losses.append(values)
         if step:  # waits for the update before, so that not more than two batches of features are held
-            losses[step - 1] = np.asarray(losses[step - 1], np.float32)
+            losses[step - 1] = heads.joined([np.asarray(value, np.float32) for value in losses[step - 1]])
         if watch is not None:
-            watch(step + 1, Fitted(carry[0], carry[1], np.empty((0, layers, len(rates)), np.float32), mesh))
+            watch(
+                step + 1, Fitted([carry[:2] for carry in turns], np.empty((0, layers, len(rates)), np.float32), heads)
+            )
     if not losses:
         raise ValueError("there is nothing to fit on: `batches` gave none.")
-    params, state, _ = carry
-    return Fitted(params, state, np.stack([np.asarray(value, np.float32) for value in losses]), mesh)
+    losses[-1] = heads.joined([np.asarray(value, np.float32) for value in losses[-1]])
+    return Fitted([carry[:2] for carry in turns], np.stack(losses), heads)
+
+
+class _Cut(NamedTuple):
+    """How Y layers are gone through: each of `ways` devices has Y / ways of them, which it takes in so many `turns`."""
+
+    layers: int
+    ways: int
+    turns: int
+
+    def of(self, features: Tree, at: Array) -> Tree:
+        """Of leaves [Y / ways, ...], all that a device has, those of one turn."""
+
+        def one(leaf: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(leaf.reshape(self.turns, -1, *leaf.shape[1:]), at, keepdims=False)
+
+        return jax.tree.map(one, features)
+
+
+def _at_home(function: Callable[..., Tree], own: NamedSharding | None, *along: str | None) -> Callable[..., Tree]:
+    """`function` of the heads that a device has, on every device.
+
+    Said, and not left to the compiler, which gathers the kernels of a convolution that many heads do at once.
+
+    Args:
+      along: of each argument, whether its leaves begin with "heads" [Y, R], with "layers", with "rates", or are whole.
+    """
+    if own is None:
+        return function
+    layers, rates = own.spec
+    parts = {"heads": own.spec, "layers": PartitionSpec(layers), "rates": PartitionSpec(rates), None: PartitionSpec()}
+    wanted: Any = tuple(parts[name] for name in along)
+    names: Any = {layers, rates}  # what devices are left share the examples, which is the compiler's business
+    return jax.shard_map(
+        function, mesh=own.mesh, in_specs=wanted, out_specs=own.spec, axis_names=names, check_vma=False
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -119,17 +167,17 @@ def _programs(
     init: Callable[..., Head],
     loss: Callable[..., Any],
     transform: optax.GradientTransformation,
-    layers: int,
+    cut: _Cut,
     rates: tuple[float, ...],
     own: NamedSharding | None,
     whole: NamedSharding | None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """How all heads begin, and their update; kept, for an evaluator that is called again would compile again."""
+    """How a turn's heads begin, and their update; kept, for an evaluator that is called again would compile again."""
 
     @functools.partial(jax.jit, out_shardings=own)
     def begin(key: jax.Array) -> tuple[Tree, Tree, Tree]:
         params, state = init(key)
-        stack = functools.partial(_stacked, shape=(layers, len(rates)))
+        stack = functools.partial(_stacked, shape=(cut.layers // cut.turns, len(rates)))
         return jax.tree.map(stack, (params, state, transform.init(params)))
 
     def one(carry: tuple[Tree, Tree, Tree], rate: Array, features: Tree, targets: Tree, key: jax.Array) -> Any:
@@ -140,10 +188,15 @@ def _programs(
         return (params, state, moments), value
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(own, whole))
-    def update(carry: Any, features: Tree, targets: Tree, key: jax.Array, step: Array) -> Any:
+    def update(carry: Any, features: Tree, targets: Tree, key: jax.Array, step: Array, at: Array) -> Any:
         by_rate = jax.vmap(one, in_axes=(0, 0, None, None, None))
         by_layer = jax.vmap(by_rate, in_axes=(0, None, 0, None, None))
-        return by_layer(carry, jnp.asarray(rates, jnp.float32), features, targets, jax.random.fold_in(key, step))
+
+        def heads(carry: Any, peaks: Array, features: Tree, targets: Tree, key: jax.Array, at: Array) -> Any:
+            return by_layer(carry, peaks, cut.of(features, at), targets, key)
+
+        given = carry, jnp.asarray(rates, jnp.float32), features, targets, jax.random.fold_in(key, step), at
+        return _at_home(heads, own, "heads", "rates", "layers", None, None, None)(*given)
 
     return begin, update
 
@@ -166,30 +219,59 @@ def _stacked(leaf: Any, shape: tuple[int, int]) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _each_head(function: Callable[[Tree, Tree, Tree], Tree], whole: NamedSharding | None) -> Callable[..., Tree]:
-    by_rate = jax.vmap(function, in_axes=(0, 0, None))
-    return jax.jit(jax.vmap(by_rate, in_axes=(0, 0, 0)), out_shardings=whole)
+def _each_head(
+    function: Callable[[Tree, Tree, Tree], Tree],
+    cut: _Cut,
+    own: NamedSharding | None,
+    whole: NamedSharding | None,
+) -> Callable[..., Tree]:
+    by_layer = jax.vmap(jax.vmap(function, in_axes=(0, 0, None)), in_axes=(0, 0, 0))
+
+    def heads(params: Tree, state: Tree, features: Tree, at: Array) -> Tree:
+        return by_layer(params, state, cut.of(features, at))
+
+    return jax.jit(_at_home(heads, own, "heads", "heads", "layers", None), out_shardings=whole)
 
 
 class _Placement:
     """Where heads, features and targets go; everything stays where it is without a mesh."""
 
-    def __init__(self, mesh: Mesh | None, layers: int, rates: int):
-        self._layers, self._mesh = layers, None
+    def __init__(self, mesh: Mesh | None, layers: int, rates: int, large: bool):
+        self._mesh, ways = None, 1
         self.own = self.whole = None
         if mesh is not None:
             self._mesh, own, self._of_features, self._of_targets = sharding.heads_mesh(mesh, layers, rates)
             self.own, self.whole = NamedSharding(self._mesh, own), sharding.replicated(self._mesh)
+            ways = self._mesh.shape["layers"]
+        self.cut = _Cut(layers, ways, layers // ways if large else 1)
 
     def context(self) -> Any:
         """The mesh as the current one, whichever it is outside."""
         return jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext()
 
+    def place(self, layer: int) -> tuple[int, int]:
+        """The turn that a layer is in, and its row there."""
+        way, rest = divmod(layer, self.cut.layers // self.cut.ways)
+        rows = self.cut.layers // (self.cut.ways * self.cut.turns)
+        return rest // rows, way * rows + rest % rows
+
+    def joined(self, turns: Sequence[Tree]) -> Tree:
+        """Leaves [Y, ...] of what all turns give."""
+
+        def one(*leaves: Any) -> Any:
+            if len(leaves) == 1:
+                return leaves[0]
+            parts = [leaf.reshape(self.cut.ways, -1, *leaf.shape[1:]) for leaf in leaves]
+            stack = np.stack if isinstance(leaves[0], np.ndarray) else jnp.stack
+            return stack(parts, 1).reshape(self.cut.layers, *leaves[0].shape[1:])
+
+        return jax.tree.map(one, *turns)
+
     def features(self, tree: Tree) -> Tree:
         for leaf in jax.tree.leaves(tree):
-            if leaf.ndim < 2 or leaf.shape[0] != self._layers:
+            if leaf.ndim < 2 or leaf.shape[0] != self.cut.layers:
                 raise ValueError(
-                    f"features have shape {leaf.shape}; want [{self._layers}, examples, ...], an entry for each layer."
+                    f"features have shape {leaf.shape}; want [{self.cut.layers}, examples, ...], an entry a layer."
                 )
         return self._placed(tree, examples=1)
 

@@ -164,6 +164,7 @@ class _Trained(_Probe):
     epochs: float = 20
     augment: Mapping[str, Any] | None = None  # of the bank's images, see `pe_jax.data.image.Augment`
     seed: int = 0
+    _large = False  # the heads, see `fit`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +197,7 @@ class _Trained(_Probe):
                 features.progress(f"{name}: {len(entries)} layers at {len(rates)} rates", step + 1, order.steps)
 
         options: Any = {"layers": len(entries), "rates": rates, "transform": transform, "mesh": features.mesh}
-        return fit(head.init, head.loss, told(), seed=self.seed, **options)
+        return fit(head.init, head.loss, told(), seed=self.seed, large=self._large, **options)
 
     def _judge(
         self,
@@ -299,6 +300,7 @@ class Attention(_Trained):
     heads: int | None = None
     weight_decay: float = 0.05
     pooled = False
+    _large = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

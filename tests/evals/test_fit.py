@@ -70,12 +70,24 @@ def test_one_heads_divergence_leaves_the_others_alone(together):
     np.testing.assert_allclose(wild.losses[:, :, :2], together.losses, rtol=1e-5)
 
 
+def test_large_heads_layer_by_layer_equal_all_at_once(together):
+    large = fitted(batches(), large=True)
+    np.testing.assert_allclose(large.losses, together.losses, rtol=1e-5)
+    for name in ("params", "state"):
+        both = getattr(large, name), getattr(together, name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *both)
+    features = next(batches())[0]
+    np.testing.assert_allclose(large.apply(logits, features), together.apply(logits, features), rtol=1e-4, atol=1e-5)
+    heads = large.head(2, 1), together.head(2, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *heads)
+
+
 # 3 layers and 2 rates on 8, 6 and 3 devices: cut by rate and example; by rate and layer; by layer. 8 examples are no
 # multiple of some of these ways, and 5 of none.
-@pytest.mark.parametrize(("devices", "examples"), [(8, 8), (8, 5), (6, 8), (3, 8)])
-def test_devices_share_the_heads_and_give_the_same(devices, examples):
+@pytest.mark.parametrize(("devices", "examples", "large"), [(8, 8, False), (8, 5, True), (6, 8, False), (3, 8, True)])
+def test_devices_share_the_heads_and_give_the_same(devices, examples, large):
     mesh = sharding.make_mesh({"data": -1}, jax.devices()[:devices])
-    spread, plain = fitted(batches(examples=examples), mesh=mesh), fitted(batches(examples=examples))
+    spread, plain = fitted(batches(examples=examples), mesh=mesh, large=large), fitted(batches(examples=examples))
     kernel = spread.params["kernel"]
     assert len(kernel.sharding.device_set) == devices
     assert kernel.addressable_shards[0].data.size < kernel.size
@@ -85,6 +97,23 @@ def test_devices_share_the_heads_and_give_the_same(devices, examples):
     found = spread.apply(logits, features)
     assert found.shape == (LAYERS, len(RATES), EXAMPLES, CLASSES)
     np.testing.assert_allclose(found, plain.apply(logits, features), rtol=1e-4, atol=1e-5)
+
+
+def test_devices_take_their_own_layers_in_turn():
+    """6 layers at 1 rate on 2 devices: each has three of them, one in each turn."""
+    rng = np.random.default_rng(0)
+    six = [
+        (rng.standard_normal((6, EXAMPLES, WIDTH)).astype(np.float32), rng.integers(0, CLASSES, EXAMPLES))
+        for _ in range(2)
+    ]
+    mesh = sharding.make_mesh({"data": -1}, jax.devices()[:2])
+    spread, plain = fitted(six, 6, RATES[:1], mesh=mesh, large=True), fitted(six, 6, RATES[:1])
+    np.testing.assert_allclose(spread.losses, plain.losses, rtol=1e-5)
+    np.testing.assert_allclose(spread.apply(logits, six[0][0]), plain.apply(logits, six[0][0]), rtol=1e-4, atol=1e-5)
+    for layer in range(6):
+        found, wanted = (one.head(layer, 0)[0]["kernel"] for one in (spread, plain))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(spread.params["kernel"][layer, 0], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_no_device_idles_whatever_the_numbers_of_layers_and_rates():
