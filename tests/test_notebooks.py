@@ -22,7 +22,7 @@ from tests import quick
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 # In this order, as they share a folder: what train_tiny has trained, the others find.
-NAMES = ("train_tiny", "quickstart", "features_by_layer", "convert_weights", "mesh_layouts")
+NAMES = ("train_tiny", "quickstart", "features_by_layer", "convert_weights", "mesh_layouts", "vlm_chat")
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 SECONDS = 300  # for one cell, on a busy machine
 MOST_LINES, MOST_BYTES = 25, 300_000
