@@ -294,9 +294,9 @@ class Answers:
         if jax.process_count() > 1:
             raise ValueError("evaluator 'vlm' runs in one process; start it alone, on the devices of one host.")
         found = [self._one(model, part) for part in self.parts or (None,)]
+        totals = {name: [own[name] for own in found] for name in found[0]}
         return {
-            name: (sum if name in ("count", "bad") else np.mean)([own[name] for own in found])  # type: ignore
-            for name in found[0]
+            name: float(sum(values) if name in ("count", "bad") else np.mean(values)) for name, values in totals.items()
         }
 
     def _one(self, speaker: Speaker, part: str | None) -> dict[str, float]:
