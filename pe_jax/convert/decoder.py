@@ -77,6 +77,11 @@ def abstract(config: DecoderConfig) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
+@functools.lru_cache(maxsize=64)
+def _shapes(config: DecoderConfig) -> Params:
+    return split(abstract(config))[1]
+
+
 def layout_slots(config: DecoderConfig, layout: str) -> list[Slot]:
     """Every parameter of the architecture with its tensors, in the order of the network."""
     return [slot for _, slot in _slots(config, layout)]
@@ -87,7 +92,7 @@ def _slots(config: DecoderConfig, layout: str) -> list[tuple[Row, Slot]]:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}.")
     if layout == "meta" and config.qkv_bias:
         raise ValueError('layout="meta" has no biases, and this architecture has some on q, k and v: use "hf".')
-    params = split(abstract(config))[1]
+    params = _shapes(config)
     ours = {".".join(path) for path in slots.paths(params)}
 
     def slot(row: Row, block: int | None) -> tuple[Row, Slot]:
@@ -262,7 +267,7 @@ def to_params(
     if config.tied:
         named = slots.without_copy(named, getattr(_OUTPUT, layout), getattr(_EMBEDDING, layout), report)
     slots.account(named, held, report, layout)
-    return slots.place(named, held, split(abstract(config))[1], shardings, dtype)
+    return slots.place(named, held, _shapes(config), shardings, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -282,7 +287,7 @@ def from_params(params: Params, config: DecoderConfig, layout: str, *, dtype: An
     Raises:
       ValueError: listing every parameter that is missing, unexpected or of another shape.
     """
-    tensors = slots.tensors(params, layout_slots(config, layout), split(abstract(config))[1], dtype)
+    tensors = slots.tensors(params, layout_slots(config, layout), _shapes(config), dtype)
     if layout == "meta" and config.tied:
         tensors[_OUTPUT.meta] = tensors[_EMBEDDING.meta]
     return tensors

@@ -48,6 +48,11 @@ def abstract(config: VLMConfig) -> VLM:
     return nnx.eval_shape(lambda: VLM(config, rngs=nnx.Rngs(0)))
 
 
+@functools.lru_cache(maxsize=64)
+def _shapes(config: VLMConfig) -> Params:
+    return split(abstract(config))[1]
+
+
 def _slots(config: VLMConfig, layout: str) -> list[Slot]:
     """Every parameter of the architecture with its tensors."""
     if layout not in LAYOUTS:
@@ -168,7 +173,7 @@ def to_params(
         for output in _OUTPUT[layout]:
             named = slots.without_copy(named, output, _EMBEDDING[layout], report)
     slots.account(named, held, report, layout)
-    return slots.place(named, held, split(abstract(config))[1], shardings, dtype)
+    return slots.place(named, held, _shapes(config), shardings, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -188,7 +193,7 @@ def from_params(params: Params, config: VLMConfig, layout: str, *, dtype: Any = 
     Raises:
       ValueError: for an architecture that the layout cannot hold, or listing every parameter that does not fit it.
     """
-    tensors = slots.tensors(params, _slots(config, layout), split(abstract(config))[1], dtype)
+    tensors = slots.tensors(params, _slots(config, layout), _shapes(config), dtype)
     if layout == "meta" and config.decoder.tied:
         tensors[_OUTPUT["meta"][0]] = tensors[_EMBEDDING["meta"]]
     return tensors

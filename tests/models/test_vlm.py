@@ -137,7 +137,7 @@ def test_an_architecture_that_does_not_exist_is_refused(spec, message):
 # ------------------------------------------------------------------------------------------------------- visual tokens
 
 
-@pytest.mark.parametrize(("projector", "pooling"), [("mlp", 1), ("mlp", 2), ("linear", 3)])
+@pytest.mark.parametrize(("projector", "pooling"), [("mlp", 2), ("linear", 3)])
 def test_visual_tokens_are_the_towers_last_ones_projected_and_then_averaged(projector, pooling):
     model = small(projector=projector, pooling=pooling)
     images = pixels(2, 3)
@@ -151,23 +151,33 @@ def test_visual_tokens_are_the_towers_last_ones_projected_and_then_averaged(proj
 def test_embeddings_hold_visual_tokens_where_slots_say_and_text_elsewhere():
     model, images = small(), pixels(2, 3)
     tokens, slots = rows([5, (9, 9), 6, (3, 4)], [(0, 2), 7], length=17)
-    visual, text = model.visual_tokens(images), model.decoder.embed(tokens)
-    for row, places in enumerate(slots):
-        want = [visual[row, slot] if slot >= 0 else text[row, at] for at, slot in enumerate(places)]
-        same(model.embed(tokens, images, slots)[row], np.stack(want))
+    visual, text, got = (
+        np.asarray(x)
+        for x in (model.visual_tokens(images), model.decoder.embed(tokens), model.embed(tokens, images, slots))
+    )
+    np.testing.assert_allclose(got[slots < 0], text[slots < 0], rtol=1e-6)
+    row, at = np.nonzero(slots >= 0)
+    np.testing.assert_allclose(got[row, at], visual[row, slots[row, at]], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(model.embed(tokens, None, None), text)
 
 
 def test_chunks_that_no_slot_names_change_nothing_and_get_no_gradient():
-    model = small()
-    tokens, slots = rows([5, (9, 9), 6, 7], [4, 3], length=14)
+    graphdef, params = split(small())
+    tokens, slots = rows([5, (9, 9), 6, 7], [4, 3], length=17)
     images = pixels(2, 3)
-    grads = jax.grad(lambda images: jnp.sum(model(tokens, images, slots)[:, :12] ** 2))(images)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def run(images):
+        logits = nnx.merge(graphdef, params)(tokens, images, slots)
+        return jnp.sum(logits**2), logits
+
+    grads, logits = run(images)
     used = np.abs(np.asarray(grads)).sum((2, 3, 4)) > 0
     assert used.tolist() == [[False, True, False], [False, False, False]]
     other = np.where(used[:, :, None, None, None], images, pixels(2, 3, seed=5))
-    np.testing.assert_array_equal(model(tokens, other, slots), model(tokens, images, slots))
-    same(model(tokens, images, slots)[1], model(tokens, None, None)[1])
+    np.testing.assert_array_equal(run(other)[1], logits)
+    same(logits[1], small()(tokens, None, None)[1])
 
 
 def test_two_samples_packed_into_a_row_have_the_logits_of_each_alone():
@@ -176,10 +186,10 @@ def test_two_samples_packed_into_a_row_have_the_logits_of_each_alone():
     tokens, slots = rows(one + other, length=37)
     segments = np.array([[1] * 12 + [2] * 21 + [0] * 4])
     packed = model(tokens, images, slots, segments)
-    tokens, slots = rows(one, length=12)
-    same(packed[:, :12], model(tokens, images[:, :1], slots))
-    tokens, slots = rows([4, 3, (0, 18), 2], length=21)
-    same(packed[:, 12:33], model(tokens, images[:, 1:], slots))
+    tokens, slots = rows(one, length=37)
+    same(packed[:, :12], model(tokens, images, slots)[:, :12])
+    tokens, slots = rows([4, 3, (0, 18), 2], length=37)
+    same(packed[:, 12:33], model(tokens, images[:, [1, 2, 0]], slots)[:, :21])
 
 
 def test_drop_path_is_of_each_chunk_alone_and_only_with_a_key():
@@ -283,22 +293,16 @@ def plain():
     return jax.jit(jax.value_and_grad(functools.partial(loss, graphdef)))(params, batch())
 
 
-def test_recomputation_changes_no_gradient():
-    changed = {
-        "vision": dataclasses.replace(TOWER, remat="block"),
-        "decoder": dataclasses.replace(READER, remat="dots"),
-    }
-    graphdef, params = split(small(**changed))
-    value, grads = jax.jit(jax.value_and_grad(functools.partial(loss, graphdef)))(params, batch())
-    same(value, plain()[0])
-    same_tree(grads, plain()[1])
+REMAT = {"vision": dataclasses.replace(TOWER, remat="block"), "decoder": dataclasses.replace(READER, remat="dots")}
 
 
-@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}], ids=str)
-def test_eight_devices_give_the_loss_and_every_gradient_of_one(shape):
+@pytest.mark.parametrize(
+    ("shape", "changes"), [({"data": 2, "fsdp": 2, "tensor": 2}, {}), ({"fsdp": 8}, REMAT)], ids=["plain", "recomputed"]
+)
+def test_eight_devices_give_the_loss_and_every_gradient_of_one_also_recomputed(shape, changes):
     mesh = sharding.make_mesh(shape)
-    graphdef, params = split(small())
-    params = jax.device_put(params, sharding.param_shardings(small(), mesh))
+    graphdef, params = split(small(**changes))
+    params = jax.device_put(params, sharding.param_shardings(small(**changes), mesh))
     with jax.set_mesh(mesh):
         value, grads = jax.jit(jax.value_and_grad(functools.partial(loss, graphdef)))(
             params, sharding.global_batch(batch(), mesh)
