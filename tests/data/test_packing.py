@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import pathlib
 
 import numpy as np
 import PIL.Image
@@ -13,6 +15,7 @@ from pe_jax.data.chat import TEMPLATES, Vision, from_record, render
 from tests.data import films, vocabularies
 
 IMAGE = vocabularies.IMAGE
+DATA = pathlib.Path(os.environ.get("PE_JAX_DATA", pathlib.Path(__file__).parents[3] / "shared/data"))
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,26 @@ def test_a_survey_tells_what_the_rows_hold_without_decoding(folder, whole):
     assert told["asked"] == pytest.approx((rows["targets"] >= 0).mean())
     assert told["chunks"] == pytest.approx((rows["slots"].max(1) + 1).mean() / 4 / 12)
     assert told["left_out"] == 1 - rows["segments"].max(1).sum() / int(32 * 2.4)
+
+
+def test_real_photographs_and_receipts_fill_their_rows(folder):
+    if not (DATA / "vqa").is_dir():
+        pytest.skip(f"no questions at {DATA}/vqa; set PE_JAX_DATA to the folder of sample data")
+    names = ("coco_questions", "receipts_questions")
+    sources = [{"name": "jsonl", "path": str(DATA / f"vqa/{name}.jsonl"), "root": str(DATA)} for name in names]
+    made = {
+        "sources": sources,
+        "tokenizer": str(folder),
+        "template": "llama3",
+        "length": 6144,
+        "chunks": 24,
+        "frames": 1,
+    }
+    shape = SHAPE | {"image_size": 448, "patch_size": 14}
+    with data.create("chat", made, batch_size=8, seed=0, **shape) as loader:
+        told = loader.survey(2)
+    assert told["tokens"] > 0.9 and told["tokens"] / told["samples"] < 0.07  # which one a row would fill
+    assert told["left_out"] < 0.05
 
 
 def test_rows_follow_the_record_and_not_the_time_it_takes(folder):

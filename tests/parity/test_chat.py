@@ -197,7 +197,7 @@ def test_frames_are_sampled_as_metas(perception_models, monkeypatch, tmp_path):
     for rate in (29.97, 12.5, 1):
         for count in (2, 9, 400):
             file.write_text(f"{rate} {count}")
-            for start, end in ((None, None), (1, None), (0.5, 3), (2, 1), (None, 5000)):
+            for start, end in ((None, None), (1, None), (0.5, 3), (2, 1), (2, 2), (None, 5000)):
                 if start and int(start * rate) >= count:
                     continue  # theirs then asks for frames that are not there
                 for most in (1, 8, 16):
