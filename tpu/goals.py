@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 GIB = 2**30
+LANGUAGE = "align_language"
 BATCH = 131_072  # of pretraining; other rows have their experiment's
 COMPILE_SECONDS = 240  # at most, on two quiet cores
 PHASES = {224: -3, 336: -2, 448: -1}  # of G14; L14 ends with 336
@@ -83,6 +84,9 @@ ROWS = (
     Row("G14", 448, "v5p:4x4x4", "data=4,fsdp=16", 64, "no_up", spare=0.2),
     Row("L14", 336, "v5e:4x4", "fsdp=16", 512, "block", spare=0.2),
     Row("L14", 336, "v5e:8x8", "data=8,fsdp=8", 64, "dots"),
+    Row("midtrain,3B", 448, "v5e:16x16", "data=8,fsdp=32", 8, "block", experiment=LANGUAGE),
+    Row("midtrain,3B", 448, "v5p:4x4x8", "data=8,fsdp=16", 4, "block", experiment=LANGUAGE),
+    Row("sft,8B", 448, "v5e:16x16", "fsdp=64,tensor=4", 16, "block", experiment=LANGUAGE),
 )  # fmt: skip
 
 
