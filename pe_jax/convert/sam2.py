@@ -5,6 +5,7 @@ model: its memory (attention to earlier frames, their encoder, pointers to objec
 out, by name and by nothing but name: `memory` lists it, and any other tensor that is not ours is an error.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -186,7 +187,7 @@ def _places(config: Sam2Config, layout: str) -> list[_Place]:
         _Slot("no_memory", None, ("no_mem_embed",), ("no_memory_embedding",), Form((0,), (0, 0, 1))),
     ]
     slots += [*_prompts(), *_decoder()]
-    leaves, places = dict(_flat(split(abstract(config))[1])), []
+    leaves, places = _leaves(config), []
     for slot in slots:
         shape, names = leaves[slot.path].shape, getattr(slot, layout)
         shape, form = shape if slot.index is None else shape[1:], slot.form
@@ -204,6 +205,12 @@ def _places(config: Sam2Config, layout: str) -> list[_Place]:
 def abstract(config: Sam2Config) -> Sam2:
     """The model with shapes in place of arrays; allocates nothing."""
     return nnx.eval_shape(lambda: Sam2(config, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def _leaves(config: Sam2Config) -> dict[str, Any]:
+    """Every parameter's name and shape."""
+    return dict(_flat(split(abstract(config))[1]))
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -290,7 +297,7 @@ def to_params(
         if place.copies and (held := [name for name in place.names if name in named]):
             named |= {name: named[held[0]] for name in place.names if name not in named}
     _account(named, places, layout)
-    params, shapes = {}, dict(_flat(split(abstract(config))[1]))
+    params, shapes = {}, _leaves(config)
     for place in places:
         stored = [np.asarray(named[name]) for name in place.names]
         value = place.form.load(stored[:1] if place.copies else stored, place.shape)
@@ -343,7 +350,7 @@ def from_params(params: Params, config: Sam2Config, layout: str) -> dict[str, np
     Raises:
       ValueError: listing every parameter that is missing, unexpected or of another shape.
     """
-    want, given = dict(_flat(split(abstract(config))[1])), dict(_flat(params))
+    want, given = _leaves(config), dict(_flat(params))
     report = Report()
     for name, leaf in want.items():
         if name not in given:
@@ -402,13 +409,14 @@ def from_hf_config(fields: Mapping[str, Any]) -> Sam2Config:
         fields.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder")
     )
     hiera = vision.get("backbone_config") or {}
-    ours = {name: tuple(hiera.get(theirs) or default) for theirs, (name, default) in _STAGES.items()}
+    given = {theirs: hiera[theirs] for theirs in _STAGES if hiera.get(theirs) is not None}
+    ours = {name: tuple(given.get(theirs, default)) for theirs, (name, default) in _STAGES.items()}
     width, heads = hiera.get("hidden_size", 96), hiera.get("num_attention_heads", 1)
     wanted = [(hiera, _HIERA), (vision, _NECK | {"fpn_top_down_levels": [2, 3]}), (decoder, _DECODER)]
     wanted += [(hiera, {"embed_dim_per_stage": [width * 2**i for i in range(4)]})]
     wanted += [(hiera, {"num_attention_heads_per_stage": [heads * 2**i for i in range(4)]})]
     wanted += [(decoder, {"iou_head_hidden_dim": decoder.get("hidden_size", 256)})]
-    wanted += [(part, {"hidden_size": decoder.get("hidden_size", 256)}) for part in (prompt,)]
+    wanted += [(prompt, {"hidden_size": decoder.get("hidden_size", 256)})]
     wanted += [(vision, {"fpn_hidden_size": decoder.get("hidden_size", 256)})]
     wrong = [
         f"{name}={part[name]!r}, want {value!r}"

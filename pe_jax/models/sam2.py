@@ -526,8 +526,8 @@ class Sam2(nnx.Module):
 
     @jax.jit
     @jax.named_scope("sam2_encoder")
-    def embed(self, images: Float[Array | np.ndarray, "B H W 3"]) -> Embedding:
-        """What prompts need of images.
+    def embed(self, images: Array | np.ndarray) -> Embedding:
+        """What prompts need of images [B, H, W, 3], normalised.
 
         Raises:
           ValueError: for images of another size or type than the model takes.

@@ -13,6 +13,8 @@ WHOLE = Sam2Config(6, (2, 2, 4, 2), 1, (8, 6, 6, 3), (7,), 5, image_size=96, **D
 # windows that do not, in stages with one block and with none but the one that enters
 PADDED = Sam2Config(12, (1, 2, 3, 1), 3, (8, 4, 4, 2), (6,), 3, image_size=96, **DECODER)
 LARGER = Sam2Config(8, (1, 1, 3, 2), 2, (4, 8, 6, 2), (4, 5), 8, image_size=128, **DECODER | {"decoder_width": 48})
+# one block a stage, for facts that have nothing to do with the encoder
+SMALL = Sam2Config(6, (1, 1, 1, 1), 1, (8, 4, 6, 2), (), 3, image_size=64, **DECODER)
 SIZES = {"whole windows": WHOLE, "padded windows": PADDED, "larger": LARGER}
 
 
