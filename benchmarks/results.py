@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
-ALL = ("forward", "train_step", "loss", "probes", "decoder", "sweep", "loader", "curation", "gpu")  # the benchmarks, in order
+ALL = (
+    "forward",
+    "train_step",
+    "loss",
+    "probes",
+    "decoder",
+    "sweep",
+    "loader",
+    "curation",
+    "gpu",
+)  # the benchmarks, in order
 OURS, GPU = "ours", ALL[-1]
 
 _RESULT = {"benchmark": str, "date": str, "command": str, "quick": bool, "machine": dict, "versions": dict}

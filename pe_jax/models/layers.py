@@ -99,7 +99,9 @@ class Dense(nnx.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x: Array, weights: Array | np.ndarray, axes: tuple[str | None, str | None], dtype: Any, gradient_dtype: Any) -> Array:
+def _product(
+    x: Array, weights: Array | np.ndarray, axes: tuple[str | None, str | None], dtype: Any, gradient_dtype: Any
+) -> Array:
     """x·weights. The backward pass gathers the weights anew rather than keep them whole for every layer."""
     return jnp.dot(x, sharding.gathered(weights, *axes, dtype=dtype), precision=precision(dtype))
 
