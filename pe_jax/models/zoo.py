@@ -244,7 +244,7 @@ def sam2(spec: str | Mapping[str, Any] | Sam2Config) -> Sam2Config:
             near = difflib.get_close_matches(spec, SAM2, 3, 0.3)
             raise ValueError(f"{spec!r} is no known segmenter; did you mean {' or '.join(near or SAM2)}?")
         return _SAM2[spec]
-    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in spec.items()}
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in spec.items()}
     if "base" in fields:
         base = sam2(fields.pop("base"))
         return dataclasses.replace(base, **_known(Sam2Config, fields))
