@@ -530,13 +530,23 @@ class _Loop:
         every = {name: self.run.evals[name].get("every_steps", self.run.steps) for name in self.evaluators}
         return [name for name in every if self.step and (self.step == self.run.steps or self.step % every[name] == 0)]
 
+    def _evaluated(self, name: str) -> Any:
+        """What an evaluator scores: the model, or for questions one that answers as the run was told to."""
+        model = nnx.merge(self.graphdef, self.state.params)
+        if self.run.evals[name]["name"] != "vlm":
+            return model
+        from pe_jax import assistant
+
+        said = assistant.of_run({"data": self.run.data}) | {"image_size": self.run.image_size}
+        return assistant.assembled(model, said, str(self.workdir))
+
     def _evaluate(self) -> dict[str, float]:
         """Runs the evaluators due at this step; their figures as EVALUATOR/FIGURE."""
         self.record["evaluated"] = False  # as it stays where SIGTERM comes before the end
         found: dict[str, float] = {}
         with self.stop.at_once():
             for name in self._due():
-                figures = self.evaluators[name](nnx.merge(self.graphdef, self.state.params))
+                figures = self.evaluators[name](self._evaluated(name))
                 found |= {f"{name}/{key}": value for key, value in figures.items()}
                 self.progress.note(f"step {self.step}  {name}: {_line(figures)}")
         self.writer.write_scalars(self.step, found)  # all or none, so that no figure is written twice

@@ -1,15 +1,22 @@
 """Answers of a small model: alone, in batches, streamed, cut at texts; saved and loaded; what is refused."""
 
 import dataclasses
+import json
+import shutil
+import types
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pe_jax import assistant as assistants
-from pe_jax import sharding
+from pe_jax import sharding, train
 from pe_jax.assistant import Options
+from pe_jax.convert import vlm as convert
 from pe_jax.data import chat
 from pe_jax.models import zoo
+from pe_jax.models.vlm import VLM
+from pe_jax.types import split
 from tests import speakers
 from tests.data import vocabularies
 from tests.speakers import asked, picture
@@ -164,3 +171,26 @@ def test_what_is_missing_or_does_not_fit_is_said(speaker, tmp_path):
     with pytest.raises(ValueError, match="has 696 tokens, the model 500"):
         model = zoo.abstract(dataclasses.replace(speakers.CONFIG, decoder=small))
         dataclasses.replace(speaker, model=model)
+
+
+def test_questions_in_training_are_answered_as_the_run_is_told_to(speaker):
+    """What the loop gives to its evaluators: the model alone, or one that answers with the run's own settings."""
+    graphdef, params = split(speaker.model)
+    data = {"tokenizer": speaker.tokenizer.path, "template": "plain", "max_tiles": 2, "frames": 5}
+    run = types.SimpleNamespace(evals={"a": {"name": "vlm"}, "b": {"name": "knn"}}, data=data, image_size=24)
+    state = types.SimpleNamespace(params=params)
+    loop: Any = types.SimpleNamespace(graphdef=graphdef, state=state, run=run, workdir="runs/x")
+    given = train._Loop._evaluated(loop, "a")
+    assert given.vision == chat.Vision(24, 4, 2, max_tiles=2, frames=5) and given.template == chat.template("plain")
+    assert isinstance(train._Loop._evaluated(loop, "b"), VLM)
+
+
+def test_a_folder_of_perception_lm_is_loaded_with_what_its_processor_says(speaker, replies, tmp_path):
+    folder = tmp_path / "plm"
+    convert.write(folder, split(speaker.model)[1], speaker.config)
+    shutil.copy(speaker.tokenizer.path, folder / "tokenizer.json")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"max_num_tiles": 3}))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"num_frames": 3}))
+    loaded = assistants.load(str(folder))
+    assert loaded.to_dict() == speaker.to_dict()
+    assert loaded.reply(CONVERSATIONS[:1], max_tokens=12) == replies[:1]

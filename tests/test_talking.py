@@ -1,4 +1,4 @@
-"""The commands `chat`, `caption` and `evaluate --suite` on a saved model, as a user types them."""
+"""The commands `chat`, `caption` and `evaluate --suite` on a small model, as a user types them."""
 
 import io
 import json
@@ -12,16 +12,9 @@ from tests import speakers
 from tests.speakers import asked, picture
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("saved") / "tiny")
-    assistants.save(speakers.assistant(), folder)
-    return folder
-
-
 @pytest.fixture
 def loaded(monkeypatch):
-    """Commands get the model that is already compiled, whatever path they name; `saved` is read once below."""
+    """Commands get the model that is compiled already, whatever path they name; test_assistant.py loads from files."""
     monkeypatch.setattr(assistants, "load", lambda path, **_: speakers.assistant())
 
 
@@ -38,13 +31,12 @@ def run(capsys, *arguments):
     return code, capsys.readouterr()
 
 
-def test_chat_prints_the_answer_to_a_prompt_or_to_the_input(saved, pictures, capsys, monkeypatch):
-    given = ("chat", "--model", saved, "--image", pictures / "0.png", "--max-tokens", 9)
+def test_chat_prints_the_answer_to_a_prompt_or_to_the_input(loaded, pictures, capsys, monkeypatch):
+    given = ("chat", "--model", "x", "--image", pictures / "0.png", "--max-tokens", 9)
     code, printed = run(capsys, *given, "--prompt", "What is this?")
     wanted = speakers.assistant().reply([asked("What is this?", picture())], max_tokens=9)[0]
     assert code == 0 and printed.out == wanted + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n"))
-    monkeypatch.setattr(assistants, "load", lambda path, **_: speakers.assistant())
     assert run(capsys, *given)[1].out == wanted + "\n"
 
 
@@ -64,6 +56,12 @@ def test_chat_in_a_terminal_keeps_the_conversation_and_begins_others(loaded, pic
     second = speaker.reply([type(talk)(turns, talk.images)], max_tokens=4)[0]
     assert code == 0 and printed.out.count(first) == 2 and second in printed.out and first != second
     assert "none.png" in printed.err and "never" not in printed.out
+
+
+def test_a_model_that_is_not_there_is_said_and_so_is_one_that_cannot_answer(tmp_path, capsys):
+    for command in (("chat", "--prompt", "?"), ("serve",)):
+        code, printed = run(capsys, command[0], "--model", tmp_path / "none", *command[1:])
+        assert code == 2 and "none does not exist; give a run's workdir" in printed.err
 
 
 def test_chat_refuses_images_beside_a_video(capsys):
