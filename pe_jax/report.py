@@ -7,7 +7,6 @@ any contrastive run; what a run has no evaluator or labels for is left out and s
 import base64
 import dataclasses
 import html
-import io
 import json
 import math
 import os
@@ -20,12 +19,11 @@ import numpy as np
 from etils import epath
 
 from pe_jax import evals, metrics, paths
-from pe_jax.evals import inference, pictures, probes, records, zero_shot
+from pe_jax.evals import curves, inference, pictures, plots, probes, records, sweep, zero_shot
+from pe_jax.evals.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, RULE
 from pe_jax.models.clip import CLIP
 from pe_jax.types import split
 
-BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#ea580c", "#059669", "#dc2626", "#64748b"
-INK = "#0f172a"
 SHOWN = 40  # held-out images in the picture of samples
 PICTURED = 6  # images whose features are pictured
 
@@ -119,7 +117,7 @@ def write(
       ValueError: see `read`.
       ModuleNotFoundError: without matplotlib, saying how to install it.
     """
-    plot = _pyplot()
+    plots.require()
     import pe_jax
 
     run = read(workdir)
@@ -127,7 +125,8 @@ def write(
     assert isinstance(model, CLIP)
     out = paths.path(workdir) / "report" if out is None else paths.path(out)
     out.mkdir(parents=True, exist_ok=True)
-    summary, figures, notes = _gather(run, model, plot)
+    with plots.style() as draw:
+        summary, figures, notes = _gather(run, model, draw)
     for figure in figures:
         (out / figure.name).write_bytes(figure.png)
     (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -146,10 +145,10 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _gather(run: Run, model: CLIP, plot: Any) -> tuple[dict[str, Any], list[Figure], list[str]]:
+def _gather(run: Run, model: CLIP, draw: Any) -> tuple[dict[str, Any], list[Figure], list[str]]:
     summary = _summary(run, model)
     notes: list[str] = []
-    figures = [_curves(run, plot)]
+    figures = [_curves(run, draw)]
     config = _first(run.config, "zero_shot")
     if config is None:
         notes.append("The config has no zero-shot evaluator, so there are no predictions to show.")
@@ -163,17 +162,17 @@ def _gather(run: Run, model: CLIP, plot: Any) -> tuple[dict[str, Any], list[Figu
         summary["zero_shot_mean_recall"] = result.figures["mean_recall"]
         summary["held_out_images"] = len(result.labels)
         summary["classes"] = len(result.classes)
-        figures += [_samples(result, images, scale, plot), _confusion(result, plot)]
-        figures += _features(run, model, images, result.labels, plot)
-    layers = _layers(run, model)
-    if layers is None:
+        figures += [_samples(result, images, scale, draw), _confusion(result, draw)]
+        figures += _features(run, model, images, result.labels, draw)
+    scores = _layers(run, model)
+    if scores is None:
         notes.append("No k-NN evaluator and no labelled training source, so the layers were not probed.")
     else:
-        accuracies, k = layers
-        best = max(accuracies, key=lambda layer: accuracies[layer])
-        summary |= {"best_layer": best, "best_layer_accuracy": accuracies[best]}
-        summary["layers"] = {str(layer): value for layer, value in accuracies.items()}
-        figures.insert(min(3, len(figures)), _layer_curve(accuracies, k, plot))
+        best = curves.layer_of(scores.best_entry)
+        assert best is not None
+        summary |= {"best_layer": best, "best_layer_accuracy": scores.best[scores.best_entry]}
+        summary["layers"] = {str(curves.layer_of(entry)): value for entry, value in scores.best.items()}
+        figures.insert(min(3, len(figures)), _layer_curve(scores, best))
     summary["evals"] = {name: value for _, name, value in run.evals}  # the last of each name stays
     return summary, figures, notes
 
@@ -207,65 +206,28 @@ def _summary(run: Run, model: CLIP) -> dict[str, Any]:
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a report needs matplotlib: pip install 'pe-jax[viz]'.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update(
-        {
-            "font.size": 12,
-            "axes.titlesize": 12,
-            "axes.edgecolor": "#cbd5e1",
-            "axes.labelcolor": INK,
-            "text.color": INK,
-            "xtick.color": GREY,
-            "ytick.color": GREY,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#e2e8f0",
-            "grid.linewidth": 0.8,
-            "axes.axisbelow": True,
-            "savefig.dpi": 150,
-            "figure.constrained_layout.use": True,
-        }
-    )
-    return pyplot
-
-
-def _png(figure: Any, plot: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    plot.close(figure)
-    return buffer.getvalue()
-
-
-def _curves(run: Run, plot: Any) -> Figure:
+def _curves(run: Run, draw: Any) -> Figure:
     shown = [name for name in dict.fromkeys(name for _, name, _ in run.evals) if name.split("/")[-1] in _CURVES]
     rows = 2 if shown else 1
-    figure, axes = plot.subplots(rows, 1, figsize=(6.6, 2.8 * rows), sharex=True, squeeze=False)
+    figure = draw(figsize=(5, 2.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
     above = axes[0, 0]
     x = [run.examples(row["step"]) for row in run.losses]
     y = [row["loss"] for row in run.losses]
-    above.plot(x, y, color=BLUE, alpha=0.3 if len(y) > 20 else 1, linewidth=1.2)
+    above.plot(x, y, color=BLUE, alpha=0.3 if len(y) > 20 else 1, linewidth=1)
     if len(y) > 20:
-        above.plot(x, _smooth(y, max(5, len(y) // 20)), color=BLUE, linewidth=2)
+        above.plot(x, _smooth(y, max(5, len(y) // 20)), color=BLUE)
     above.set_ylabel("training loss (nats)")
     above.set_ylim(min(y) - 0.05 * (max(y) - min(y) + 1e-9), max(y) + 0.12 * (max(y) - min(y) + 1e-9))
     if shown:
         below = axes[1, 0]
-        for name, color in zip(shown, (GREEN, ORANGE, RED, GREY, BLUE), strict=False):
+        for name, color in zip(shown, (GREEN, ORANGE, PURPLE, GREY, BLUE), strict=False):
             x, y = run.history(name)
-            below.plot(x, y, color=color, marker="o", markersize=4, linewidth=2, label=name, clip_on=False)
-            below.annotate(f"{y[-1]:.1%}", (x[-1], y[-1]), (-4, 7), textcoords="offset points", ha="right", color=color)
+            below.plot(x, y, color=color, marker="o", label=f"{name}: {y[-1]:.1%}", clip_on=False)
         below.set_ylim(0, 1.12)
         below.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
         below.set_ylabel("held-out accuracy")
-        below.legend(loc="lower right", frameon=False)
+        below.legend(loc="best")
     begin = 0
     for i, (phase, end) in enumerate(zip(run.config["phases"], run.boundaries, strict=True)):
         size = phase["image_size"]
@@ -282,13 +244,13 @@ def _curves(run: Run, plot: Any) -> Figure:
         text += (
             " Accuracy is always measured at full resolution, so it lags while the training images are still smaller."
         )
-    return Figure("curves.png", _png(figure, plot), "Training", text)
+    return Figure("curves.png", plots.encoded(figure), "Training", text)
 
 
 _CURVES = ("top1", "image_to_text_r1", "text_to_image_r1")  # figures worth a curve
 
 
-def _samples(result: zero_shot.Result, images: Sequence[Any], scale: float, plot: Any) -> Figure:
+def _samples(result: zero_shot.Result, images: Sequence[Any], scale: float, draw: Any) -> Figure:
     random = np.random.default_rng(0).permutation(len(result.labels))
     wrong = [int(i) for i in random if result.predictions[i] != result.labels[i]]
     right = [int(i) for i in random if result.predictions[i] == result.labels[i]]
@@ -297,7 +259,8 @@ def _samples(result: zero_shot.Result, images: Sequence[Any], scale: float, plot
     chosen = mistakes + right[: most - len(mistakes)]
     columns = 8 if max(len(name) for name in result.classes) <= 10 else 5
     rows = math.ceil(len(chosen) / columns)
-    figure, axes = plot.subplots(rows, columns, figsize=(9, 9 / columns * 1.32 * rows), squeeze=False)
+    figure = draw(figsize=(6.75, 6.75 / columns * 1.32 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, i in zip(axes.flat, chosen, strict=False):
         logits = scale * result.cosines[i]
         odds = np.exp(logits - logits.max())
@@ -307,14 +270,15 @@ def _samples(result: zero_shot.Result, images: Sequence[Any], scale: float, plot
         axis.set_title(
             f"{_cut(result.classes[guess])} {odds[guess]:.0%}" + ("" if hit else f"\nis {_cut(result.classes[truth])}"),
             color=INK if hit else RED,
-            fontsize=9.5,
-            pad=3,
+            fontsize=7,
+            pad=2,
+            loc="center",
         )
         axis.set_xticks([])
         axis.set_yticks([])
         axis.grid(visible=False)
         for spine in axis.spines.values():
-            spine.set(visible=True, color="#cbd5e1" if hit else RED, linewidth=1 if hit else 3)
+            spine.set(visible=True, color=RULE if hit else RED, linewidth=0.8 if hit else 2.2)
     for axis in axes.flat[len(chosen) :]:
         axis.set_axis_off()
     text = (
@@ -323,19 +287,20 @@ def _samples(result: zero_shot.Result, images: Sequence[Any], scale: float, plot
         if wrong
         else f"Held-out images with the predicted class and its probability. All {len(random)} are right."
     )
-    return Figure("samples.png", _png(figure, plot), "Zero-shot predictions", text, wide=True)
+    return Figure("samples.png", plots.encoded(figure), "Zero-shot predictions", text, wide=True)
 
 
-def _confusion(result: zero_shot.Result, plot: Any) -> Figure:
+def _confusion(result: zero_shot.Result, draw: Any) -> Figure:
     table = result.confusion
     count = len(result.classes)
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
     small = count <= 20
-    side = max(5.0, 0.48 * count + 1.6) if small else min(13.0, 0.115 * count + 2)
-    figure, axis = plot.subplots(figsize=(side, side))
+    side = max(3.75, 0.36 * count + 1.2) if small else min(9.75, 0.086 * count + 1.5)
+    figure = draw(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axis.grid(visible=False)
-    size = 10 if small else max(4.0, min(8.0, 560 / count / 1.25))
+    size = 7.5 if small else max(3.0, min(6.0, 336 / count))
     names = [_cut(name, 22) for name in result.classes]
     axis.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
     axis.set_yticks(range(count), names, fontsize=size)
@@ -345,18 +310,18 @@ def _confusion(result: zero_shot.Result, plot: Any) -> Figure:
     if small:
         for row, column in np.argwhere(table):
             color = "white" if share[row, column] > 0.5 else INK
-            axis.text(column, row, str(table[row, column]), ha="center", va="center", color=color, fontsize=10)
+            axis.text(column, row, str(table[row, column]), ha="center", va="center", color=color, fontsize=7.5)
     apart = table * (1 - np.eye(count, dtype=int))
     pairs = sorted(np.argwhere(apart).tolist(), key=lambda rc: -apart[rc[0], rc[1]])[:5]
     text = "Rows are true classes, columns predictions."
     if pairs:
         most = ", ".join(f"{result.classes[r]} taken for {result.classes[c]} ({apart[r, c]})" for r, c in pairs)
         text += f" Most confused: {most}."
-    return Figure("confusion.png", _png(figure, plot), "Confusion matrix", text, wide=not small)
+    return Figure("confusion.png", plots.encoded(figure), "Confusion matrix", text, wide=not small)
 
 
-def _layers(run: Run, model: CLIP) -> tuple[dict[int, float], int] | None:
-    """Accuracy by layer, of the run's own k-NN evaluator or one made of its first labelled source; and k."""
+def _layers(run: Run, model: CLIP) -> sweep.Scores | None:
+    """k-NN by layer, of the run's own evaluator with its highest k, or of one made of its first labelled source."""
     config, shots = _first(run.config, "knn"), _first(run.config, "zero_shot")
     if config is None:
         if shots is None:
@@ -371,47 +336,24 @@ def _layers(run: Run, model: CLIP) -> tuple[dict[int, float], int] | None:
         config["k"] = min(20, len(own))
     probe = evals.create(config)
     assert isinstance(probe, probes.KNN)
-    probe = dataclasses.replace(probe, layers="all", k=(max(probe.neighbours),))
-    accuracies = probe.accuracies(model)
-    return {layer: value for (layer, _), value in accuracies.items()}, next(iter(accuracies))[1]
+    probe = dataclasses.replace(probe, layers="all", k=(max(probe.neighbours),), pooler=False)
+    return sweep.run(model, {"knn": probe})["knn"]
 
 
 _PIPELINE_ONLY = ("weight", "templates", "label", "classes", "caption")
 
 
-def _layer_curve(accuracies: Mapping[int, float], k: int, plot: Any) -> Figure:
-    layers, values = list(accuracies), list(accuracies.values())
-    best = max(layers, key=lambda layer: accuracies[layer])
-    figure, axis = plot.subplots(figsize=(6.6, 3.3))
-    axis.plot(layers, values, color=BLUE, marker="o", markersize=5, linewidth=2)
-    axis.plot([best], [accuracies[best]], color=ORANGE, marker="o", markersize=11, linestyle="none")
-    low, high = min(values), max(values)
-    room = max(high - low, 0.02)
-    axis.set_ylim(low - 0.15 * room, high + 0.3 * room)
-    at_right = layers.index(best) > len(layers) / 2
-    axis.annotate(
-        f"best: layer {best}, {accuracies[best]:.1%}",
-        (best, accuracies[best]),
-        (0, 12),
-        textcoords="offset points",
-        ha="right" if at_right else "left",
-        color=ORANGE,
-        fontweight="bold",
-    )
-    axis.set_xlabel("layer (0: patch embedding, then after each block)")
-    axis.set_ylabel("k-NN accuracy")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if room > 0.05 else f"{value:.1%}")
-    axis.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
+def _layer_curve(scores: sweep.Scores, best: int) -> Figure:
+    last = curves.layer_of(scores.entries[-1])
     text = (
-        f"Held-out images are classified by their {k} nearest training images (cosine of mean patch tokens), with the "
-        f"features of each layer in turn. The best features lie "
-        + ("at the last layer." if best == layers[-1] else f"at layer {best} of {layers[-1]}, inside the network.")
+        f"Held-out images are classified by their {scores.settings[0].removeprefix('k')} nearest training images "
+        "(cosine of mean patch tokens), with the features of each layer in turn; layer 0 is the patch embedding. "
+        f"The best features lie {'at the last layer.' if best == last else f'at layer {best} of {last}, inside it.'}"
     )
-    return Figure("layers.png", _png(figure, plot), "Where the best features lie", text)
+    return Figure("layers.png", plots.encoded(curves.figure({"knn": scores})), "Where the best features lie", text)
 
 
-def _features(run: Run, model: CLIP, images: Sequence[Any], labels: np.ndarray, plot: Any) -> list[Figure]:
+def _features(run: Run, model: CLIP, images: Sequence[Any], labels: np.ndarray, draw: Any) -> list[Figure]:
     depth = model.vision.config.depth
     preprocess = inference.preprocess_of(model)
     patch = model.vision.config.patch_size
@@ -428,16 +370,15 @@ def _features(run: Run, model: CLIP, images: Sequence[Any], labels: np.ndarray, 
     chosen = shown + [int(i) for i in order if i not in shown][: 64 - len(shown)]
     pixels = np.stack([preprocess.pixels(images[i]) for i in chosen])
     found = model.vision.features(jnp.asarray(preprocess.normalize(pixels)), layers=layers, class_token=False)
-    figure, axes = plot.subplots(
-        len(shown), 1 + len(layers), figsize=(1.62 * (1 + len(layers)), 1.62 * len(shown) + 0.35), squeeze=False
-    )
+    figure = draw(figsize=(1.22 * (1 + len(layers)), 1.22 * len(shown) + 0.26), layout="constrained")
+    axes = figure.subplots(len(shown), 1 + len(layers), squeeze=False)
     for column, layer in enumerate((None, *layers)):
         if layer is None:
             cells: Any = pixels
         else:
             tokens = np.asarray(found[layer], np.float32)
             cells = pictures.pca_colors(tokens.reshape(len(chosen), *grid, -1))
-        axes[0, column].set_title("image" if layer is None else f"layer {layer}", fontsize=11)
+        axes[0, column].set_title("image" if layer is None else f"layer {layer}", fontsize=8, loc="center")
         for row in range(len(shown)):
             axes[row, column].imshow(cells[row], interpolation="nearest")
             axes[row, column].set_axis_off()
@@ -445,7 +386,7 @@ def _features(run: Run, model: CLIP, images: Sequence[Any], labels: np.ndarray, 
         f"Patch tokens ({grid[0]} x {grid[1]}), coloured by the three principal components of each layer over "
         f"{len(chosen)} held-out images: patches of like colour have like features."
     )
-    return [Figure("features.png", _png(figure, plot), "Features, layer by layer", text, wide=True)]
+    return [Figure("features.png", plots.encoded(figure), "Features, layer by layer", text, wide=True)]
 
 
 def _thumbnail(image: Any) -> np.ndarray:

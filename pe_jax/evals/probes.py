@@ -113,20 +113,6 @@ class KNN(_Probe):
             for column, setting in enumerate(scores.settings)
         }
 
-    def accuracies(self, model: inference.Model) -> dict[tuple[int, int], float]:
-        """{(layer, k): share of `data` classified rightly}, layers counted from 0 as resolved.
-
-        Raises:
-          ValueError: if k is above the size of the bank, or the tower lacks a class token that was asked for.
-        """
-        scores = self._scores(model)
-        return {
-            (int(entry.removeprefix("layer_")), k): float(scores.accuracy[row, column])
-            for row, entry in enumerate(scores.entries)
-            if entry.startswith("layer_")
-            for column, k in enumerate(self.neighbours)
-        }
-
     def score(self, features: sweep.Sweep) -> sweep.Scores:
         """An entry and a part of the queries at a time, past which the bank streams."""
         bank_labels, most = features.labels["bank"].astype(np.int32), max(self.neighbours)

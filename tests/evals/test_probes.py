@@ -33,11 +33,13 @@ def brute_force(queries, labels, bank, bank_labels, k):
 def test_knn_equals_brute_force_at_every_layer(model, pictures, dataset, pool):
     images, labels = pictures
     data = dataset | {"limit": 7}
-    found = probes.KNN(dataset, data, k=(1, 5), pool=pool, batch_size=4).accuracies(model)
-    assert sorted(found) == [(layer, k) for layer in range(4) for k in (1, 5)]
+    found = probes.KNN(dataset, data, k=(1, 5), pool=pool, batch_size=4)(model)
     features = pooled_by_hand(model, images, pool)
-    for (layer, k), accuracy in found.items():
-        assert accuracy == brute_force(features[layer, :7], labels[:7], features[layer], labels, k), (layer, k)
+    assert found == {
+        f"layer_{layer:02}_k{k}": brute_force(features[layer, :7], labels[:7], features[layer], labels, k)
+        for layer in range(4)
+        for k in (1, 5)
+    }
 
 
 def test_each_image_is_its_own_nearest_neighbour(model, dataset):
