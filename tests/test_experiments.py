@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from experiments import digits, pairs, pretrain_core, smoke
+from experiments import align_language, digits, pairs, pretrain_core, smoke
 from pe_jax import evals, sharding, train
 from pe_jax.models import zoo
 
@@ -14,6 +14,7 @@ CONFIGS = {
     "smoke": lambda: smoke.get_config(),
     "digits": lambda: digits.get_config(),
     "pairs": lambda: pairs.get_config("a.jsonl,test=b.jsonl,classes=digits"),
+    "language": lambda: align_language.get_config("midtrain,3B"),
     **{f"ladder {row}": lambda row=row: pretrain_core.get_config(f"L14,ablation={row}") for row in (1, 9)},
     **{f"pretrain {size}": lambda size=size: pretrain_core.get_config(size) for size in pretrain_core.RUNS},
 }

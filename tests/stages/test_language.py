@@ -111,12 +111,6 @@ def test_micro_batches_and_meshes_give_the_gradient_of_the_whole_batch(whole, me
     same(grads, whole[0], 1e-5 if mesh is None else 1e-4)  # devices sum in another order
 
 
-def test_a_warm_up_moves_the_projector_alone(whole):
-    grads, _ = run(Language(ARCH, frozen=("vision", "decoder")))
-    same(grads["projector"], whole[0]["projector"], 1e-5)
-    assert not any(np.any(leaf) for part in ("vision", "decoder") for leaf in jax.tree.leaves(grads[part]))
-
-
 def test_an_update_counts_forward_passes_and_the_gradients_that_are_taken():
     shapes = {name: np.empty(x.shape) for name, x in batch().items()}
 
@@ -266,6 +260,8 @@ def test_a_warm_up_starts_from_released_weights_and_moves_the_projector_alone(fo
     tower, _ = checkpoint.load_weights(folder / "tower")
     _, decoder = decoder_files.read(folder / "decoder", zoo.decoder(DECODER))
     same(params["decoder"], decoder, 1e-9)
+    early, _ = checkpoint.load_weights(warmed / "checkpoints" / "2")
+    assert not np.allclose(params["projector"]["up"]["kernel"], early["projector"]["up"]["kernel"])
     kept = ("patch", "class_token", "position", "norm_pre")
     same({name: params["vision"][name] for name in kept}, {name: tower[name] for name in kept}, 1e-9)
     same(params["vision"]["blocks"], jax.tree.map(lambda x: x[:2], tower["blocks"]), 1e-9)
