@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 # In this order, as they share a folder: what train_tiny has trained, the others find.
 NAMES = ("train_tiny", "quickstart", "features_by_layer", "convert_weights", "mesh_layouts", "vlm_chat")
+TRAIN = ("train_tiny", "features_by_layer")
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 SECONDS = 300  # for one cell, on a busy machine
 MOST_LINES, MOST_BYTES = 25, 300_000
@@ -120,7 +121,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_from_top_to_bottom_without_a_network(name, folder):
-    notebook = execute(name, folder, quick.flags())
+    notebook = execute(name, folder, quick.flags(trains=name in TRAIN))
     assert [cell["execution_count"] for cell in code_cells(notebook)] == [
         cell["execution_count"] for cell in code_cells(read(name))
     ]
