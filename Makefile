@@ -40,7 +40,7 @@ help:
 	$(PARITY)/python -m pip install --quiet --upgrade pip
 	$(PARITY)/python -m pip install --quiet "torch==2.13.0"
 	$(PARITY)/python -m pip install --quiet --no-deps "torchvision==0.28.0" "timm>=1.0.31" "open_clip_torch>=3.3" \
-		"clip-benchmark>=1.6.2"
+		"clip-benchmark>=1.6.2" "pycocoevalcap>=1.2"
 	@# CLIP_benchmark's accuracy cannot be computed with NumPy 2.4.
 	$(PARITY)/python -m pip install --quiet -e ".[convert-test,dev]" "numpy<2.4"
 	@touch $@
