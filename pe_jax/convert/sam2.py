@@ -254,16 +254,15 @@ def memory(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def identify(tensors: Mapping[str, Any]) -> Sam2Config:
-    """The released architecture that these tensors' shapes fit.
+    """The released architecture of the width and depth that these tensors have.
 
     Raises:
-      ValueError: if none does.
+      ValueError: if none has.
     """
-    layout = _layout(tensors)
+    widths = [x.shape[0] for name, x in tensors.items() if re.fullmatch(r".+\.patch_embed\.proj(ection)?\.bias", name)]
+    depth = sum(re.fullmatch(r".+\.blocks\.\d+\.attn\.proj\.bias", name) is not None for name in tensors)
     for name in zoo.SAM2:
-        places = _places(zoo.sam2(name), layout)
-        expected = {name: shape for place in places for name, shape in zip(place.names, place.stored, strict=True)}
-        if all(name in tensors and tuple(tensors[name].shape) == shape for name, shape in expected.items()):
+        if widths == [zoo.sam2(name).width] and depth == sum(zoo.sam2(name).depths):
             return zoo.sam2(name)
     raise ValueError(f"These {len(tensors)} tensors are none of {', '.join(zoo.SAM2)}; give the configuration.")
 
@@ -410,7 +409,7 @@ def from_hf_config(fields: Mapping[str, Any]) -> Sam2Config:
     )
     hiera = vision.get("backbone_config") or {}
     given = {theirs: hiera[theirs] for theirs in _STAGES if hiera.get(theirs) is not None}
-    ours = {name: tuple(given.get(theirs, default)) for theirs, (name, default) in _STAGES.items()}
+    ours: dict[str, Any] = {name: tuple(given.get(theirs, own)) for theirs, (name, own) in _STAGES.items()}
     width, heads = hiera.get("hidden_size", 96), hiera.get("num_attention_heads", 1)
     wanted = [(hiera, _HIERA), (vision, _NECK | {"fpn_top_down_levels": [2, 3]}), (decoder, _DECODER)]
     wanted += [(hiera, {"embed_dim_per_stage": [width * 2**i for i in range(4)]})]

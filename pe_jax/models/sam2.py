@@ -551,7 +551,7 @@ class Sam2(nnx.Module):
         embedding: Embedding,
         points: Float[Array | np.ndarray, "B P Q 2"] | None = None,
         labels: Int[Array | np.ndarray, "B P Q"] | None = None,
-        boxes: Float[Array | np.ndarray, "B P 4"] | None = None,
+        boxes: Float[Array | np.ndarray, "B P2 4"] | None = None,
         masks: Float[Array | np.ndarray, "B P1 Y X"] | None = None,
         multimask: bool = True,
     ) -> Segmentation:
@@ -564,7 +564,7 @@ class Sam2(nnx.Module):
         images: Float[Array | np.ndarray, "B H W 3"],
         points: Float[Array | np.ndarray, "B P Q 2"] | None = None,
         labels: Int[Array | np.ndarray, "B P Q"] | None = None,
-        boxes: Float[Array | np.ndarray, "B P 4"] | None = None,
+        boxes: Float[Array | np.ndarray, "B P2 4"] | None = None,
         masks: Float[Array | np.ndarray, "B P1 Y X"] | None = None,
         multimask: bool = True,
     ) -> Segmentation:
