@@ -1,7 +1,7 @@
 """What a teacher of spatial alignment says of many images, as records to train from (PE §5).
 
-SAM's 1,024 masks cost more than the student's whole update. Where images and augmentations are fixed they are computed
-once: a record holds an image's pixels after augmentation, encoded without loss, and the teacher's vector for each place
+A teacher such as SAM, with its 1,024 masks an image, costs a good part of an update. Where images and augmentations are
+fixed it is asked once: a record holds an image's pixels after augmentation, encoded without loss, and the teacher's vector for each place
 of the student's grid, a byte a number. A folder of them, sharded ArrayRecord and a manifest, is a source to train from.
 """
 

@@ -344,7 +344,7 @@ def test_the_published_runs_hold_their_teachers_cut_in_half_precision_and_withou
     assert 0 <= zoo.count(state.opt_state) - 2 * zoo.count(moving) < 10  # both moments of what moves, and counters
     specs = train.batch_spec(run, run.phases[0])
     assert ("teacher" in specs) == (arg == "G14,teacher=cached")
-    if arg != "G14":  # of which SAM is traced for half a minute
+    if arg != "G14":  # whose SAM takes long to trace
         assert run.stage.update_flops(specs) > 3 * 12_288 * zoo.forward_flops(run.stage.arch, run.image_size)
 
 
