@@ -1,8 +1,9 @@
 """What a teacher of spatial alignment says of many images, as records to train from (PE §5).
 
 A teacher such as SAM, with its 1,024 masks an image, costs a good part of an update. Where images and augmentations are
-fixed it is asked once: a record holds an image's pixels after augmentation, encoded without loss, and the teacher's vector for each place
-of the student's grid, a byte a number. A folder of them, sharded ArrayRecord and a manifest, is a source to train from.
+fixed it is asked once: a record holds an image's pixels after augmentation, encoded without loss, and the teacher's
+vector for each place of the student's grid, a byte a number. A folder of them, sharded ArrayRecord and a manifest, is a
+source to train from.
 """
 
 import concurrent.futures
