@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": set(),
     "hub": set(),
     "convert": {"models", "data", "checkpoint"},
-    "evals": {"models", "data", "optim", "sharding"},
+    "evals": {"models", "data", "sharding"},
     "engine": {"models", "data", "checkpoint"},
 }
 FORBIDDEN_EVERYWHERE = {"torch", "tensorflow", "experiments", "tpu", "tests"}
