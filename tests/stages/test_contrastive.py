@@ -77,7 +77,8 @@ def test_the_two_losses_add_and_neither_moves_the_others_part():
     masks = jax.tree.map(jnp.subtract, {n: both[n] for n in plain}, plain)
     # Towards the contrastive loss alone: text tower, temperature, pooling and projection feel nothing of the masks.
     quiet = [masks["text"], masks["log_scale"], masks["vision"]["pool"], masks["vision"]["projection"]]
-    np.testing.assert_allclose(np.concatenate([np.ravel(x) for x in jax.tree.leaves(quiet)]), 0, atol=1e-6)
+    # Two programs' gradients, up to 3 in size, subtracted: float32 leaves some units of the last place.
+    np.testing.assert_allclose(np.concatenate([np.ravel(x) for x in jax.tree.leaves(quiet)]), 0, atol=5e-6)
     assert np.linalg.norm(both["training"]["mask_token"]) > 1e-4
     assert np.linalg.norm(masks["vision"]["patch"]["kernel"]) > 1e-4
 

@@ -101,7 +101,7 @@ def test_the_tower_and_its_teacher_start_as_the_tower_that_is_given():
     kernel = given["blocks"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(started["vision"]["blocks"]["mlp"]["up"]["kernel"], kernel[:2])
     np.testing.assert_array_equal(started["training"]["teachers"]["self"]["blocks"]["mlp"]["up"]["kernel"], kernel[:1])
-    assert STAGE.parts == {"vision": "model", "decoder": ARCH.decoder, "model": "model"}
+    assert STAGE.parts == {"vision": "model", "decoder": ARCH.decoder, "model": ARCH}
 
 
 def test_its_cost_is_that_of_both_stages():
