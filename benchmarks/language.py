@@ -222,11 +222,13 @@ def write(found: Mapping[str, float], runs: Mapping[str, Row], out: pathlib.Path
         "python -m benchmarks.language --tower runs/pairs",
         "```",
         "",
-        f"A tower of {depth} blocks, width 128, that `experiments/pairs.py` trained on 5,845 Caltech-101 images; a"
+        f"A tower of {depth} blocks, width 128, that `experiments/pairs.py` trained on 5,845 Caltech-101 images"
+        f" (`--config.stage.arch.vision.depth={depth}`); a"
         " decoder of 0.5 million parameters that first learns the texts; `experiments/align_language.py` with its"
         f" numbers shrunk by one rule; 15,951 questions about 4,000 drawings (easy-VQA), asked back on"
         f" {questions:,} questions about 1,000 others. An answer counts if it is right to the letter."
-        " The standard error is about 0.9 points. So this shows that the stages train, not what the paper's"
+        " The standard error is about 0.9 points, and each run was made once. So this shows that the"
+        " stages train, not what the paper's"
         " layers and regularisers are worth at its own size.",
         "",
         "![share of right answers](language.png)",
@@ -290,7 +292,7 @@ def plot(found: Mapping[str, float], curves: Mapping[str, Sequence[tuple[int, fl
     if "control" in found:
         right.axhline(100 * found["control"], color=RED, linestyle="--")
         right.annotate("no image", (1, 100 * found["control"]), (0, 4), textcoords="offset points", color=RED)
-    right.set(title="frozen tower: right answers, %, by the block tapped", xlabel="block")
+    right.set(title="frozen tower: right answers, %", xlabel="block tapped")
     for axes in (left, middle, right):
         axes.margins(y=0.15)
         axes.grid(axis="y", alpha=0.3)
