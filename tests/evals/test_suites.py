@@ -72,13 +72,18 @@ def test_a_suite_of_the_package_is_whole(name):
         assert row.partition(",")[0] in zoo.NAMES
 
 
+# Means of columns that were rounded themselves: 112.63 and 117.23 by what is printed.
+ROUNDED_TWICE = {("vlm", 112.7), ("vlm", 117.3)}
+
+
 @pytest.mark.parametrize("name", suites.names())
 def test_the_averages_that_the_paper_prints_are_plain_means_of_its_columns(name):
     own = suites.load(name)
     report = suites.Report(own, "ours", [])
     for row in own.published.values():
         for average, mean in report.averages(row).items():
-            assert row[average] == pytest.approx(mean, abs=0.1001)  # rounded, as its columns are
+            off = 0.0501 if (name, row[average]) not in ROUNDED_TWICE else 0.1001
+            assert row[average] == pytest.approx(mean, abs=off), (average, mean)
 
 
 def test_a_row_with_columns_missing_has_no_average():
