@@ -81,8 +81,8 @@ def phases(config: Mapping[str, Any], flops: float) -> list[dict[str, int]]:
     ]
 
 
-def run(row: int, seed: int, workdir: pathlib.Path, config: Mapping[str, Any], core: int | None) -> float:
-    """Trains, or goes on with, one row in a process of its own; its zero-shot accuracy."""
+def train(workdir: pathlib.Path, config: Mapping[str, Any], core: int | None) -> None:
+    """Trains, or goes on with, a config in a process of its own, on one processor core if it is given."""
     workdir.mkdir(parents=True, exist_ok=True)
     told = workdir / "experiment.json"
     told.write_text(json.dumps(config))
@@ -95,7 +95,12 @@ def run(row: int, seed: int, workdir: pathlib.Path, config: Mapping[str, Any], c
     with (workdir / "log.txt").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     if code:
-        raise RuntimeError(f"row {row}, seed {seed} ended with exit code {code}; see {workdir}/log.txt.")
+        raise RuntimeError(f"the run {workdir} ended with exit code {code}; see its log.txt.")
+
+
+def run(workdir: pathlib.Path, config: Mapping[str, Any], core: int | None) -> float:
+    """Trains, or goes on with, one row; its zero-shot accuracy."""
+    train(workdir, config, core)
     figures = [r for r in metrics.read_rows(workdir / "evals.csv") if r["name"] == "zero_shot/top1"]
     return float(figures[-1]["value"])
 
@@ -185,7 +190,7 @@ def main() -> None:
     def one(row: int, seed: int) -> None:
         core = free.get()
         try:
-            score = run(row, seed, args.out / f"row{row}-seed{seed}", configs[row] | {"seed": seed}, core)
+            score = run(args.out / f"row{row}-seed{seed}", configs[row] | {"seed": seed}, core)
         finally:
             free.put(core)
         found[row].append(score)

@@ -15,14 +15,13 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.ladder import train
 from experiments import align_language
 from pe_jax import metrics, paths
 from pe_jax.data import chat
@@ -176,22 +175,6 @@ def source(name: str, data: pathlib.Path, packed: pathlib.Path) -> dict[str, str
     if name == "captions":
         return {"name": "packed", "path": str(packed)}
     return {"name": "conversations", "path": str(data / f"{name}.jsonl")}
-
-
-def train(workdir: pathlib.Path, config: Mapping[str, Any], core: int | None) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    told = workdir / "experiment.json"
-    told.write_text(json.dumps(config))
-    program = (
-        "import json, sys; from pe_jax import train; sys.exit(train.train(json.load(open(sys.argv[1])), sys.argv[2]))"
-    )
-    command = [sys.executable, "-c", program, str(told), str(workdir)]
-    if core is not None:
-        command = ["taskset", "-c", str(core), *command]
-    with (workdir / "log.txt").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
-    if code:
-        raise RuntimeError(f"{workdir.name} ended with exit code {code}; see {workdir}/log.txt.")
 
 
 def score(workdir: pathlib.Path, questions: pathlib.Path) -> float:
