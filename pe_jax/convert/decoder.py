@@ -266,7 +266,7 @@ def to_params(
     named = {name: tensor for name, tensor in tensors.items() if not _DERIVED.fullmatch(name)}
     if config.tied:
         named = slots.without_copy(named, getattr(_OUTPUT, layout), getattr(_EMBEDDING, layout), report)
-    slots.account(named, held, report, layout)
+    slots.account(named, slots.expected(held), report, layout)
     return slots.place(named, held, _shapes(config), shardings, dtype)
 
 

@@ -13,11 +13,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pe_jax.convert import weights
+from pe_jax.convert import slots, weights
 from pe_jax.convert.pe import Form, Report
 from pe_jax.models import zoo
 from pe_jax.models.sam2 import MASKS, Sam2, Sam2Config
@@ -182,13 +181,13 @@ def _places(config: Sam2Config, layout: str) -> list[_Place]:
     """Every parameter of the architecture with its tensors, in the order of the network."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}.")
-    slots = [
+    found = [
         *_encoder(config),
         _Slot("no_memory", None, ("no_mem_embed",), ("no_memory_embedding",), Form((0,), (0, 0, 1))),
     ]
-    slots += [*_prompts(), *_decoder()]
+    found += [*_prompts(), *_decoder()]
     leaves, places = _leaves(config), []
-    for slot in slots:
+    for slot in found:
         shape, names = leaves[slot.path].shape, getattr(slot, layout)
         shape, form = shape if slot.index is None else shape[1:], slot.form
         if form.within and "heads" in form.within:
@@ -322,22 +321,13 @@ def to_params(
 def _account(named: Mapping[str, Any], places: list[_Place], layout: str) -> None:
     """Raises one error about all that is wrong with names, shapes, types and copies."""
     expected = {name: shape for place in places for name, shape in zip(place.names, place.stored, strict=True)}
-    report, spare = Report(), [name for name in named if name not in expected]
-    for name, shape in expected.items():
-        if name not in named:
-            report.missing(name, shape, spare)
-        elif tuple(named[name].shape) != shape:
-            report.shape(name, tuple(named[name].shape), shape)
-        elif not jnp.issubdtype(named[name].dtype, np.floating):
-            report.other(f"{name} is {named[name].dtype}; want a floating type")
-    for name in spare:
-        report.unexpected(name, expected)
+    report = Report()
     for place in places:
         if place.copies and all(name in named for name in place.names):
             first, *others = (np.asarray(named[name]) for name in place.names)
             if not all(np.array_equal(first, other) for other in others):
                 report.other(f"{' and '.join(place.names)} differ; they are one matrix")
-    report.check(f"The tensors do not fit the architecture (read as layout {layout})")
+    slots.account(named, expected, report, layout)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

@@ -68,9 +68,8 @@ def expected(slots: Sequence[Slot]) -> dict[str, tuple[int, ...]]:
     return {name: shape for slot in slots for name, shape in zip(slot.names, slot.stored, strict=True)}
 
 
-def account(named: Mapping[str, Any], slots: Sequence[Slot], report: Report, layout: str) -> None:
+def account(named: Mapping[str, Any], want: Mapping[str, tuple[int, ...]], report: Report, layout: str) -> None:
     """Raises one error about all that is wrong with names, shapes and types, and what `report` holds already."""
-    want = expected(slots)
     spare = [name for name in named if name not in want]
     for name, shape in want.items():
         if name not in named:

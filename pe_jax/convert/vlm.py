@@ -172,7 +172,7 @@ def to_params(
     if config.decoder.tied:
         for output in _OUTPUT[layout]:
             named = slots.without_copy(named, output, _EMBEDDING[layout], report)
-    slots.account(named, held, report, layout)
+    slots.account(named, slots.expected(held), report, layout)
     return slots.place(named, held, _shapes(config), shardings, dtype)
 
 

@@ -1,6 +1,7 @@
 """The language stage: whose tokens its loss is the mean of, on any mesh; what moves; what a run starts from."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -269,7 +270,7 @@ def test_a_warm_up_starts_from_released_weights_and_moves_the_projector_alone(fo
     assert zoo.architecture(metadata["architecture"]) == zoo.architecture({**SPEC, "layer_scale": None, "pooling": 1})
 
 
-def test_mid_training_goes_on_from_a_warm_up_and_after_a_kill_on_another_mesh_to_the_same_losses(warmed, folder):
+def test_mid_training_goes_on_from_a_warm_up_and_from_a_saved_step_on_another_mesh_to_the_same_losses(warmed, folder):
     def config(**mesh):
         changed = small("midtrain,3B,pack=2", folder, init={"model": str(warmed)}, mesh=mesh)
         return changed | {"data": changed["data"] | {"samples_per_row": 1.5}}
@@ -314,7 +315,7 @@ def test_of_the_trained_model_the_tower_is_exported(folder, warmed, capsys):
     assert cli.main(["convert", str(warmed), str(file), "--to", "meta"]) == 0
     assert "Verified" in capsys.readouterr().out
     config = zoo.architecture(weights.read_metadata(file)["architecture"])
-    assert config == ARCH.vision.__class__(**{**zoo.to_dict(ARCH.vision), "layer_scale": None})
+    assert config == dataclasses.replace(ARCH.vision, layer_scale=None)
     same(pe.to_params(weights.read(file), config), checkpoint.load_weights(warmed)[0]["vision"], 1e-9)
 
 
